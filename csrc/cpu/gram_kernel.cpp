@@ -1,0 +1,182 @@
+// Gram matrix and style loss on the CPU: slices of positions, upper-triangle tiles, one fixed-order sum fused with the loss.
+#include "../gram.h"
+
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "../common/checks.h"
+#include "capability.h"
+#include "huge_pages.h"
+
+namespace deepsim::cpu {
+namespace {
+
+// Slices are cut by shape alone, so that sums come out the same for any number of threads. Few enough that their partial
+// tiles cost little beside the products, many enough to share out.
+constexpr int64_t kPositionsPerSlice = 512;
+constexpr int64_t kMostSlices = 64;
+
+// Upper-triangle tiles of every slice of every sample, [B][slices][tiles][panel_rows][panel_rows], not yet added up.
+template <class T>
+struct PartialTiles {
+  int64_t slices, panels, tiles, tile_size;
+  at::Tensor buffer;
+};
+
+// A view or copy of features in which channels or positions are adjacent.
+at::Tensor with_adjacent_axis(const at::Tensor& features) {
+  const bool positions = features.stride(2) == 1 || features.size(2) == 1;
+  const bool channels = features.stride(1) == 1 || features.size(1) == 1;
+  return positions || channels ? features : features.contiguous();
+}
+
+template <class T>
+PartialTiles<T> partial_tiles(const Kernels<T>& kernels, const at::Tensor& features) {
+  const int64_t batch = features.size(0), channels = features.size(1), positions = features.size(2);
+  PartialTiles<T> p;
+  p.slices = std::clamp<int64_t>(positions / kPositionsPerSlice, 1, std::max<int64_t>(1, kMostSlices / batch));
+  p.panels = (channels + kernels.panel_rows - 1) / kernels.panel_rows;
+  p.tiles = p.panels * (p.panels + 1) / 2;
+  p.tile_size = kernels.panel_rows * kernels.panel_rows;
+  p.buffer = at::empty({batch * p.slices * p.tiles * p.tile_size}, features.options().dtype(c10::CppTypeToScalarType<T>::value));
+  T* tiles = p.buffer.template mutable_data_ptr<T>();
+  const char* data = static_cast<const char*>(features.const_data_ptr());
+  const bool adjacent_positions = features.stride(2) == 1 || positions == 1;
+  at::parallel_for(0, batch * p.slices, 1, [&](int64_t begin, int64_t end) {
+    std::vector<T> packed(kernels.gram_scratch(channels));
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t b = item / p.slices, s = item % p.slices;
+      const FeatureSlice slice{data + b * features.stride(0) * features.element_size(),
+                               channels,
+                               positions * s / p.slices,
+                               positions * (s + 1) / p.slices,
+                               adjacent_positions ? features.stride(1) : 1,
+                               adjacent_positions ? 1 : features.stride(2)};
+      kernels.gram(slice, packed.data(), tiles + item * p.tiles * p.tile_size);
+    }
+  });
+  return p;
+}
+
+// Adds up the slices of every tile in order and hands each element of the full matrix to `element(sample, row, column, sum,
+// chain)`, (i, j) and (j, i) both; returns the sum of what it returns, in a fixed order.
+template <class T, class Element>
+double reduce_tiles(const Kernels<T>& kernels, const PartialTiles<T>& p, int64_t batch, int64_t channels, Element element) {
+  const int64_t width = kernels.panel_rows;
+  std::vector<double> sums(batch * p.tiles);
+  const T* tiles = p.buffer.template const_data_ptr<T>();
+  at::parallel_for(0, batch * p.tiles, 1, [&](int64_t begin, int64_t end) {
+    std::vector<T> total(p.tile_size);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t b = item / p.tiles, tile = item % p.tiles;
+      int64_t i = 0, j = tile;
+      for (; j >= p.panels - i; ++i) j -= p.panels - i;
+      j += i;
+      for (int64_t s = 0; s < p.slices; ++s) {
+        const T* part = tiles + ((b * p.slices + s) * p.tiles + tile) * p.tile_size;
+        for (int64_t e = 0; e < p.tile_size; ++e) total[e] = s == 0 ? part[e] : total[e] + part[e];
+      }
+      double sum = 0;
+      for (int64_t r = i * width; r < std::min((i + 1) * width, channels); ++r) {
+        // A tile on the diagonal holds both halves; their bits agree, so either may be written.
+        for (int64_t c = i == j ? r : j * width; c < std::min((j + 1) * width, channels); ++c) {
+          const T value = total[(r - i * width) * width + (c - j * width)];
+          sum += element(b, r, c, value);
+          if (r != c) sum += element(b, c, r, value);
+        }
+      }
+      sums[item] = sum;
+    }
+  });
+  double sum = 0;
+  for (double s : sums) sum += s;
+  return sum;
+}
+
+at::Tensor gram_matrix(const at::Tensor& features, double scale) {
+  check_features("gram_matrix", features);
+  const at::Tensor f = with_adjacent_axis(features);
+  const int64_t batch = f.size(0), channels = f.size(1);
+  return dispatch(f.scalar_type(), [&](const auto& kernels) {
+    using T = typename std::decay_t<decltype(kernels)>::Compute;
+    at::Tensor gram = at::empty({batch, channels, channels}, f.options().dtype(c10::CppTypeToScalarType<T>::value));
+    T* out = gram.template mutable_data_ptr<T>();
+    reduce_tiles(kernels, partial_tiles(kernels, f), batch, channels, [&](int64_t b, int64_t r, int64_t c, T product) {
+      out[(b * channels + r) * channels + c] = T(scale) * product;
+      return 0.0;
+    });
+    return gram;
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor> style_loss(const at::Tensor& features, const at::Tensor& target, double scale, double factor,
+                                              std::string_view distance) {
+  constexpr const char* function = "style_loss";
+  check_features(function, features);
+  check_target(function, target, features);
+  const bool squared = style_distance_from(function, distance) == StyleDistance::l2;
+  const at::Tensor f = with_adjacent_axis(features), a = target.contiguous();
+  const int64_t batch = f.size(0), channels = f.size(1), target_stride = a.size(0) == 1 ? 0 : channels * channels;
+  return dispatch(f.scalar_type(), [&](const auto& kernels) {
+    using T = typename std::decay_t<decltype(kernels)>::Compute;
+    const auto options = f.options().dtype(c10::CppTypeToScalarType<T>::value);
+    at::Tensor residual = at::empty({batch, channels, channels}, options), loss = at::empty({}, options);
+    T* out = residual.template mutable_data_ptr<T>();
+    const T* goal = a.template const_data_ptr<T>();
+    const double sum =
+        reduce_tiles(kernels, partial_tiles(kernels, f), batch, channels, [&](int64_t b, int64_t r, int64_t c, T product) {
+          const T d = T(scale) * product - goal[b * target_stride + r * channels + c];
+          out[(b * channels + r) * channels + c] = d;
+          return squared ? double(d) * double(d) : std::abs(double(d));
+        });
+    *loss.template mutable_data_ptr<T>() = T(factor * sum);
+    return std::make_tuple(loss, residual);
+  });
+}
+
+// Positions of 16-bit features that are widened, multiplied and rounded at a time.
+constexpr int64_t kHalfPositions = 16384;
+
+at::Tensor gram_matrix_backward(const at::Tensor& grad_gram, const at::Tensor& features, double scale) {
+  constexpr const char* function = "gram_matrix_backward";
+  check_features(function, features);
+  check_grad_gram(function, grad_gram, features);
+  const at::Tensor symmetric = at::add(grad_gram, grad_gram.transpose(1, 2)).mul_(scale);
+  at::Tensor grad = empty_like_in_huge_pages(features);
+  // Written through whichever of grad and its transpose is contiguous: one product, no temporary.
+  const bool transposed = !grad.is_contiguous();
+  const auto product = [&](const at::Tensor& f, at::Tensor out) {
+    if (transposed) {
+      at::Tensor out_transposed = out.transpose(1, 2);
+      at::bmm_out(out_transposed, f.transpose(1, 2), symmetric);
+    } else {
+      at::bmm_out(out, symmetric, f);
+    }
+  };
+  if (features.scalar_type() == symmetric.scalar_type()) {
+    product(features, grad);
+    return grad;
+  }
+  for (int64_t n = 0; n < features.size(2); n += kHalfPositions) {
+    const int64_t length = std::min(kHalfPositions, features.size(2) - n);
+    const at::Tensor f = features.narrow(2, n, length).to(symmetric.scalar_type());
+    grad.narrow(2, n, length).copy_(at::bmm(symmetric, f));
+  }
+  return grad;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(deepsim_ext, CPU, m) {
+  m.impl("gram_matrix", gram_matrix);
+  m.impl("gram_matrix_backward", gram_matrix_backward);
+  m.impl("style_loss", style_loss);
+}
+
+}  // namespace deepsim::cpu

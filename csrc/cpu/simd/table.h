@@ -1,0 +1,28 @@
+// The kernels of one instruction set, gathered in the table that capability.cpp picks from.
+#pragma once
+
+#include "gram.h"
+#include "mine.h"
+#include "triplets.h"
+
+namespace deepsim::cpu::DEEPSIM_CAPABILITY {
+
+template <class S>
+constexpr Kernels<typename ComputeOf<S>::type> kernels_for() {
+  using T = typename ComputeOf<S>::type;
+  return {kPanelRows<T>,
+          column_sums<S>,
+          inverse_norms<S>,
+          pack<S>,
+          mine<T>,
+          triplet_distances<S>,
+          triplet_gradient<S, true, false>,
+          triplet_gradient<S, false, true>,
+          triplet_gradient<S, true, true>,
+          gram_scratch<T>,
+          gram<S>};
+}
+
+constexpr KernelTable table() { return {kernels_for<float>(), kernels_for<BFloat16>(), kernels_for<Float16>(), kernels_for<double>()}; }
+
+}  // namespace deepsim::cpu::DEEPSIM_CAPABILITY

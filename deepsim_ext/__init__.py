@@ -1,0 +1,23 @@
+"""Deep similarity, fast: metric-learning and style-transfer losses as fused kernels for PyTorch."""
+
+from __future__ import annotations
+
+try:
+    from . import _C
+except ImportError as error:
+    raise ImportError(
+        "deepsim_ext: the compiled module deepsim_ext._C could not be loaded"
+        f" ({error}). In a source checkout, build it with\n"
+        "    pip install --no-build-isolation -e .\n"
+        "and build it again after changing the torch version."
+    ) from error
+
+from . import functional, nn, reference
+from .functional import *  # noqa: F403
+from .results import BatchHardResult
+
+__version__ = "0.1.0"
+
+__all__ = ["BatchHardResult", "__version__", "build_info", "functional", "nn", "reference", *functional.__all__]
+
+build_info = _C.build_info

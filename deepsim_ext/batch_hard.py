@@ -1,0 +1,191 @@
+"""Batch-hard mining and triplet loss: the ops' shapes, gradients and batching, and the functions that people call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks, reference
+from ._autograd import differentiable, register_vmap_by_loop
+from .results import BatchHardResult
+
+_ops = torch.ops.deepsim_ext
+
+
+def batch_hard_mine(
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_embeddings: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    *,
+    distance: str = "euclidean",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hardest positive (the farthest of the same label) and negative (the nearest of another) of every anchor.
+
+    Source: Hermans, Beyer, Leibe, "In Defense of the Triplet Loss for Person Re-Identification" (2017), eq. 5.
+
+    Args:
+        embeddings: [N, D] with D >= 1; float32, float64, bfloat16 or float16.
+        labels: int64 [N].
+        ref_embeddings, ref_labels: [M, D] and int64 [M], the rows to choose from; dtype of `embeddings` (under
+            autocast a mix goes to the widest). None, or `embeddings` itself: choose from the batch, where no
+            anchor is its own positive; `ref_labels` then has no effect.
+        distance: "euclidean", "sqeuclidean" or "cosine" (1 - cos; a zero vector is at distance 1 from all).
+
+    Returns:
+        (anchors, positives, negatives): int64 of one length, anchors ascending, only those that have both.
+        Identical rows: the lowest index. With a NaN or inf in the embeddings nothing is chosen.
+        The length depends on the values, so on a GPU this call, unlike the loss, waits for the device.
+
+    Raises:
+        TypeError: an argument of the wrong Python type or dtype.
+        ValueError: unknown distance, or shapes or devices that do not go together.
+    """
+    arguments = _checks.batch_hard(
+        "batch_hard_mine", embeddings, labels, ref_embeddings, ref_labels, distance=distance
+    )
+    positives, negatives = _ops.batch_hard_mine(*(_detached(a) for a in arguments), distance)
+    anchors = torch.nonzero(positives >= 0).squeeze(1)
+    return anchors, positives[anchors].long(), negatives[anchors].long()
+
+
+def batch_hard_triplet_loss(
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_embeddings: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    *,
+    margin: float = 0.2,
+    soft: bool = False,
+    distance: str = "euclidean",
+    reduction: str = "mean",
+    return_stats: bool = False,
+) -> Tensor | BatchHardResult:
+    """Triplet loss of every anchor with its hardest positive and hardest negative, without an N x N matrix.
+
+    `relu(d_ap - d_an + margin)`, or `softplus(d_ap - d_an)` when `soft`. An anchor without a positive or
+    without a negative is not valid and costs nothing. Source: Hermans, Beyer, Leibe, "In Defense of the
+    Triplet Loss for Person Re-Identification" (2017), eq. 5; the soft margin is of its section 2.
+
+    Tiles of distances only choose the triplets; the chosen distances are then computed again as direct
+    differences, so loss and gradient are exact to rounding. The same bits come out of every run, for any
+    number of threads.
+
+    Args:
+        embeddings, labels, ref_embeddings, ref_labels, distance: as in `batch_hard_mine`.
+        margin: finite, >= 0, in units of the distance; not used when `soft`.
+        soft: the soft margin.
+        reduction: "mean" over valid anchors, "mean_nonzero" over anchors whose loss is > 0, "sum", or "none"
+            for [N] with 0 at anchors that are not valid. The mean of nothing is 0.
+        return_stats: return a `BatchHardResult`, whose statistics are detached and stay on the device.
+
+    Returns:
+        Scalar, or [N] for "none"; float32, or float64 for float64 input. Half inputs are computed in float32,
+        their gradients come in the input's dtype. Gradients flow into both embeddings, to any order; that of a
+        Euclidean distance is 0 at 0, and that of a cosine distance is 0 at a zero vector. A NaN or inf in an
+        embedding makes the loss NaN.
+
+    Raises:
+        TypeError: an argument of the wrong Python type or dtype.
+        ValueError: unknown distance or reduction, negative or non-finite margin, or shapes or devices that do
+            not go together.
+    """
+    function = "batch_hard_triplet_loss"
+    margin = _checks.batch_hard_options(
+        function, margin=margin, soft=soft, distance=distance, reduction=reduction, return_stats=return_stats
+    )
+    arguments = _checks.batch_hard(
+        function, embeddings, labels, ref_embeddings, ref_labels, distance=distance
+    )
+    loss, d_ap, d_an, positives, _ = _triplet_loss(*arguments, margin, soft, distance, reduction)
+    if not return_stats:
+        return loss
+    valid = positives >= 0
+    valid_anchors = valid.sum()
+    count = valid_anchors.clamp(min=1).to(d_ap.dtype)
+    active = valid if soft else valid & (d_ap - d_an + margin > 0)
+    return BatchHardResult(
+        loss=loss,
+        valid_anchors=valid_anchors,
+        active_fraction=active.sum() / count,
+        mean_d_ap=d_ap.sum() / count,
+        mean_d_an=d_an.sum() / count,
+    )
+
+
+def _detached(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach()
+
+
+# ---- shapes ------------------------------------------------------------------------------------------------
+
+
+def _index(embeddings: Tensor) -> Tensor:
+    return embeddings.new_empty(embeddings.shape[0], dtype=torch.int32)
+
+
+@torch.library.register_fake("deepsim_ext::batch_hard_mine")
+def _(embeddings, labels, ref_embeddings, ref_labels, distance):
+    return _index(embeddings), _index(embeddings)
+
+
+@torch.library.register_fake("deepsim_ext::batch_hard_triplet_loss")
+def _(embeddings, labels, ref_embeddings, ref_labels, margin, soft, distance, reduction):
+    per_anchor = embeddings.new_empty(embeddings.shape[0], dtype=_checks.compute_dtype(embeddings))
+    loss = torch.empty_like(per_anchor) if reduction == "none" else per_anchor.new_empty(())
+    return loss, per_anchor, torch.empty_like(per_anchor), _index(embeddings), _index(embeddings)
+
+
+@torch.library.register_fake("deepsim_ext::batch_hard_triplet_loss_backward")
+def _(grad, embeddings, ref_embeddings, positives, negatives, d_ap, d_an, margin, soft, distance, reduction):
+    grad_ref_shape = (0, embeddings.shape[1]) if ref_embeddings is None else ref_embeddings.shape
+    return embeddings.new_empty(embeddings.shape), embeddings.new_empty(grad_ref_shape)
+
+
+# ---- gradients ---------------------------------------------------------------------------------------------
+
+
+def _save_for_loss_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    embeddings, _, ref_embeddings, _, *ctx.options = inputs
+    _, d_ap, d_an, positives, negatives = output
+    ctx.mark_non_differentiable(d_ap, d_an, positives, negatives)
+    ctx.save_for_backward(embeddings, ref_embeddings, positives, negatives, d_ap, d_an)
+
+
+def _loss_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
+    grad, grad_ref = _triplet_loss_gradient(grad_loss, *ctx.saved_tensors, *ctx.options)
+    return grad, None, None if ctx.saved_tensors[1] is None else grad_ref, None, None, None, None, None
+
+
+def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    grad_loss, embeddings, ref_embeddings, positives, negatives, d_ap, d_an, *ctx.options = inputs
+    ctx.save_for_backward(grad_loss, embeddings, ref_embeddings, positives, negatives)
+
+
+def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    """Gradient of the gradient, by torch's own autograd of the loss of the chosen triplets."""
+    grad_loss, embeddings, ref_embeddings, positives, negatives = ctx.saved_tensors
+    margin, soft, distance, reduction = ctx.options
+    sets = (embeddings,) if ref_embeddings is None else (embeddings, ref_embeddings)
+
+    def loss(*sets: Tensor) -> Tensor:
+        x, ref = sets if len(sets) == 2 else (*sets, None)
+        return reference.indexed_triplet_loss(
+            x, ref, positives, negatives, margin=margin, soft=soft, distance=distance, reduction=reduction
+        )
+
+    def gradient(grad_loss: Tensor, *sets: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.vjp(loss, *sets)[1](grad_loss)
+
+    _, pull_back = torch.func.vjp(gradient, grad_loss, *sets)
+    grad_grad_loss, grad_x, *grad_ref = pull_back(grads[: len(sets)])
+    return grad_grad_loss, grad_x, grad_ref[0] if grad_ref else None, *(None,) * 8
+
+
+register_vmap_by_loop("batch_hard_mine")
+_triplet_loss_gradient = differentiable(
+    "batch_hard_triplet_loss_backward", _double_backward, _save_for_double_backward
+)
+_triplet_loss = differentiable("batch_hard_triplet_loss", _loss_backward, _save_for_loss_backward)

@@ -1,0 +1,42 @@
+"""The command line: `python -m deepsim_ext info | demo`."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Sequence
+
+import torch
+
+from . import __version__, build_info, demo
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m deepsim_ext", description="Deep similarity, fast.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    info = commands.add_parser("info", help="versions, CPU kernels in use, CUDA kernels built in")
+    info.set_defaults(run=print_info)
+    demo_command = commands.add_parser("demo", help="train an embedding and stylise a picture, fast and in plain torch")
+    demo.add_arguments(demo_command)
+    demo_command.set_defaults(run=demo.run)
+    arguments = parser.parse_args(argv)
+    return arguments.run(arguments)
+
+
+def print_info(arguments: argparse.Namespace) -> int:
+    """Prints what a bug report needs to say."""
+    build = build_info()
+    rows = {
+        "deepsim_ext": __version__,
+        "torch": torch.__version__,
+        "built against torch": build["torch_version"],
+        "compiler": build["compiler"],
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "CPU kernels": f"{build['cpu_capability']}, {torch.get_num_threads()} threads",
+        "CUDA kernels": build["cuda_architectures"] or "not built",
+        "CUDA in torch": f"{torch.version.cuda or 'no'}, {torch.cuda.device_count()} devices",
+    }
+    for name, value in rows.items():
+        print(f"{name + ':':<22}{value}")
+    return 0

@@ -1,0 +1,45 @@
+"""Contrastive loss of given pairs: elementwise in the pairs, so plain torch is all it takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _checks
+
+
+def contrastive_loss(
+    x1: Tensor, x2: Tensor, y: Tensor, *, margin: float = 1.0, reduction: str = "mean"
+) -> Tensor:
+    """Contrastive loss `y d^2 + (1 - y) relu(margin - d)^2` with `d = ||x1 - x2||`, per pair.
+
+    Source: Hadsell, Chopra, LeCun, "Dimensionality Reduction by Learning an Invariant Mapping" (2006), eq. 4,
+    without its factor 1/2 and with y = 1 for a similar pair.
+
+    Args:
+        x1, x2: [N, D] embeddings with D >= 1; float32, float64, bfloat16 or float16. Under autocast their
+            dtypes may differ and go to the widest.
+        y: [N], 1 where the pair belongs together and 0 where not; bool, integer or float, without gradient.
+        margin: finite, >= 0, in units of d; dissimilar pairs farther apart cost nothing.
+        reduction: "mean" over pairs (0 for N = 0), "sum" or "none".
+
+    Returns:
+        Scalar, or [N] for "none"; float32, or float64 for float64 input. Half inputs are compared in float32.
+        The gradient of d at d = 0 is 0. A NaN or inf in a pair makes its loss NaN.
+
+    Raises:
+        TypeError: an argument of the wrong Python type or dtype.
+        ValueError: unknown reduction, negative or non-finite margin, shapes or devices that do not go
+            together, or a `y` that requires grad.
+    """
+    x1, x2, y, margin = _checks.contrastive("contrastive_loss", x1, x2, y, margin=margin, reduction=reduction)
+    dtype = _checks.compute_dtype(x1)
+    squared = (x1.to(dtype) - x2.to(dtype)).square().sum(dim=1)
+    squared = torch.where(squared.isfinite(), squared, torch.nan)
+    # sqrt never sees a zero: its infinite slope there makes gradients NaN even where they are masked out.
+    same = squared == 0
+    d = torch.where(same, 0.0, torch.where(same, 1.0, squared).sqrt())
+    loss = y * squared + (1 - y) * (margin - d).relu().square()
+    if reduction == "mean":
+        return loss.sum() / max(loss.shape[0], 1)
+    return loss.sum() if reduction == "sum" else loss

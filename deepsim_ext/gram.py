@@ -1,0 +1,166 @@
+"""Gram matrix and style loss: the ops' shapes, gradients and batching, and the functions that people call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from ._autograd import differentiable
+
+
+def gram_matrix(features: Tensor, *, normalize: str | float = "chw") -> Tensor:
+    """Gram matrices of feature maps: `scale * F F^T` per sample, F = features as [C, N], N = spatial size.
+
+    Half the products: G is symmetric. Its gradient is one product, `scale * (dG + dG^T) F`.
+    Source: Gatys, Ecker, Bethge, "Image Style Transfer Using Convolutional Neural Networks" (2016), eq. 3,
+    which is normalize="none".
+
+    Args:
+        features: [B, C, *spatial] with 1 to 3 spatial dimensions, none of size 0; float32, float64, bfloat16
+            or float16. Contiguous and channels_last are read in place.
+        normalize: what to divide by: "none" (1), "hw" (N), "chw" (C N), "bchw" (B C N), or a positive number.
+
+    Returns:
+        [B, C, C]; float32, or float64 for float64 input. Half inputs are multiplied and summed in float32.
+        Differentiable to any order; the gradient comes in the dtype of `features`.
+
+    Raises:
+        TypeError: an argument of the wrong Python type or dtype.
+        ValueError: unknown or non-positive `normalize`, or features of the wrong shape.
+    """
+    scale = _checks.gram_matrix("gram_matrix", features, normalize=normalize)
+    return _gram(features.flatten(start_dim=2), scale)
+
+
+def style_loss(
+    features: Tensor | Sequence[Tensor],
+    target: Tensor | Sequence[Tensor],
+    *,
+    weights: Sequence[float] | None = None,
+    normalize: str | float = "chw",
+    reduction: str = "mean",
+    distance: str = "l2",
+) -> Tensor:
+    """Distance between the Gram matrices of `features` and `target`, summed over layers.
+
+    Gram matrix, difference and loss are one pass over the features; the gradient is one matrix product, into
+    which scale, weight and incoming gradient are folded before anything is rounded to half.
+    Source: Gatys, Ecker, Bethge, "Image Style Transfer Using Convolutional Neural Networks" (2016), eq. 4
+    and 5, which are normalize="none", reduction="gatys".
+
+    Args:
+        features: [B, C, *spatial] as in `gram_matrix`, or a list or tuple of them, one per layer.
+        target: the same number of Gram matrices [C, C], [1, C, C] or [B, C, C], in the dtype that
+            `gram_matrix` returns or that of `features`. Under autocast other dtypes go to the widest.
+        weights: None (1 each) or one finite number per layer.
+        normalize: as in `gram_matrix`.
+        reduction: within a layer, "mean" (times 1 / (B C^2)), "sum" (times 1) or "gatys" (times
+            1 / (4 C^2 N^2)); sums run over B too.
+        distance: "l2" for squared, "l1" for absolute differences.
+
+    Returns:
+        Scalar; float32, or float64 for float64 input. Differentiable in `features` and `target`, to any order.
+
+    Raises:
+        TypeError: an argument of the wrong Python type or dtype.
+        ValueError: an unknown name, no layer, or shapes, devices or lengths that do not go together.
+    """
+    layers = _checks.style(
+        "style_loss",
+        features,
+        target,
+        weights=weights,
+        normalize=normalize,
+        reduction=reduction,
+        distance=distance,
+    )
+    losses = [
+        _style(layer.features.flatten(start_dim=2), layer.target, layer.scale, layer.factor, distance)[0]
+        for layer in layers
+    ]
+    return sum(losses[1:], losses[0])
+
+
+# ---- shapes ------------------------------------------------------------------------------------------------
+
+
+def _empty_gram(features: Tensor) -> Tensor:
+    b, c, _ = features.shape
+    return features.new_empty((b, c, c), dtype=_checks.compute_dtype(features))
+
+
+@torch.library.register_fake("deepsim_ext::gram_matrix")
+def _(features, scale):
+    return _empty_gram(features)
+
+
+@torch.library.register_fake("deepsim_ext::gram_matrix_backward")
+def _(grad_gram, features, scale):
+    return torch.empty_like(features)
+
+
+@torch.library.register_fake("deepsim_ext::style_loss")
+def _(features, target, scale, factor, distance):
+    residual = _empty_gram(features)
+    return residual.new_empty(()), residual
+
+
+# ---- gradients ---------------------------------------------------------------------------------------------
+
+
+def _save_for_gram_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, ctx.scale = inputs
+    ctx.save_for_backward(features)
+
+
+def _gram_backward(ctx: Any, grad_gram: Tensor) -> tuple[Any, ...]:
+    (features,) = ctx.saved_tensors
+    return _gram_gradient(grad_gram, features, ctx.scale), None
+
+
+def _save_for_gram_double_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad_gram, features, ctx.scale = inputs
+    ctx.save_for_backward(grad_gram, features)
+
+
+def _gram_double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """The op is bilinear: scale * (dG + dG^T) F."""
+    grad_gram, features = ctx.saved_tensors
+    product = ctx.scale * (grad.to(grad_gram.dtype) @ features.to(grad_gram.dtype).mT)
+    return product + product.mT, _gram_gradient(grad_gram, grad, ctx.scale), None
+
+
+def _save_for_style_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    features, target, ctx.scale, ctx.factor, ctx.distance = inputs
+    ctx.per_sample = target.shape[0] == features.shape[0]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(features, output[1])
+
+
+def _style_backward(ctx: Any, grad_loss: Tensor | None, grad_residual: Tensor | None) -> tuple[Any, ...]:
+    # The residual is an output that carries gradient: so the double backward needs no formula of its own.
+    features, residual = ctx.saved_tensors
+    grad_gram = grad_residual
+    if grad_loss is not None:
+        slope = 2 * residual if ctx.distance == "l2" else residual.sign()
+        grad_gram = (ctx.factor * grad_loss) * slope
+        grad_gram = grad_gram if grad_residual is None else grad_gram + grad_residual
+    if grad_gram is None:
+        return None, None, None, None, None
+    grad_features = grad_target = None
+    if ctx.needs_input_grad[0]:
+        grad_features = _gram_gradient(grad_gram, features, ctx.scale)
+    if ctx.needs_input_grad[1]:
+        grad_target = -(grad_gram if ctx.per_sample else grad_gram.sum(dim=0, keepdim=True))
+    return grad_features, grad_target, None, None, None
+
+
+_gram_gradient = differentiable(
+    "gram_matrix_backward", _gram_double_backward, _save_for_gram_double_backward
+)
+_gram = differentiable("gram_matrix", _gram_backward, _save_for_gram_backward)
+_style = differentiable("style_loss", _style_backward, _save_for_style_backward)
