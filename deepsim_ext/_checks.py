@@ -39,8 +39,7 @@ class BatchHardArguments(NamedTuple):
 class StyleLayer(NamedTuple):
     features: Tensor  # [B, C, *spatial]
     target: Tensor  # [B or 1, C, C], in compute_dtype(features)
-    scale: float  # G = scale * F F^T
-    factor: float  # loss = factor * sum |G - target|^p: reduction and layer weight in one
+    weight: float
 
 
 class ContentLayer(NamedTuple):
@@ -130,11 +129,10 @@ def contrastive_options(function: str, *, margin: float, reduction: str) -> floa
     return margin_value(function, margin)
 
 
-def gram_matrix(function: str, features: Tensor, *, normalize: str | float) -> float:
-    """All arguments of gram_matrix; returns the scale of G = scale * F F^T."""
+def gram_matrix(function: str, features: Tensor, *, normalize: str | float) -> None:
+    """All arguments of gram_matrix."""
     gram_normalization(function, normalize)
     _features(function, "features", features)
-    return _gram_scale(features, normalize)
 
 
 def style(
@@ -154,8 +152,7 @@ def style(
         _features(function, f_name, f)
         _same_device(function, f_name, f, "features[0]", layers[0].features if layers else f)
         f, t = _gram_target(function, t_name, t, f_name, f)
-        factor = weight * _style_factor(f, reduction)
-        layers.append(StyleLayer(f, t, _gram_scale(f, normalize), factor))
+        layers.append(StyleLayer(f, t, weight))
     return layers
 
 
@@ -368,23 +365,6 @@ def _same_device(function: str, argument: str, x: Tensor, other_argument: str, o
     if x.device != other.device:
         expected = f"on {other.device}, where {other_argument} is"
         raise _error(ValueError, function, argument, expected, f"{_describe(x)} on {x.device}")
-
-
-# ---- sizes to factors --------------------------------------------------------------------------------------
-
-
-def _gram_scale(features: Tensor, normalize: str | float) -> float:
-    if not isinstance(normalize, str):
-        return 1.0 / float(normalize)
-    b, c = features.shape[:2]
-    n = features.shape[2:].numel()
-    return {"none": 1.0, "hw": 1.0 / n, "chw": 1.0 / (c * n), "bchw": 1.0 / (b * c * n)}[normalize]
-
-
-def _style_factor(features: Tensor, reduction: str) -> float:
-    b, c = features.shape[:2]
-    n = features.shape[2:].numel()
-    return {"mean": 1.0 / (b * c * c), "sum": 1.0, "gatys": 1.0 / (4 * c * c * n * n)}[reduction]
 
 
 # ---- texts -------------------------------------------------------------------------------------------------

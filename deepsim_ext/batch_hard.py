@@ -155,8 +155,9 @@ def _save_for_loss_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
 
 
 def _loss_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
-    grad, grad_ref = _triplet_loss_gradient(grad_loss, *ctx.saved_tensors, *ctx.options)
-    return grad, None, None if ctx.saved_tensors[1] is None else grad_ref, None, None, None, None, None
+    saved = ctx.saved_tensors
+    grad, grad_ref = _triplet_loss_gradient(grad_loss, *saved, *ctx.options)
+    return grad, None, None if saved[1] is None else grad_ref, None, None, None, None, None
 
 
 def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -32,8 +32,8 @@ def gram_matrix(features: Tensor, *, normalize: str | float = "chw") -> Tensor:
         TypeError: an argument of the wrong Python type or dtype.
         ValueError: unknown or non-positive `normalize`, or features of the wrong shape.
     """
-    scale = _checks.gram_matrix("gram_matrix", features, normalize=normalize)
-    return _gram(features.flatten(start_dim=2), scale)
+    _checks.gram_matrix("gram_matrix", features, normalize=normalize)
+    return _gram(features.flatten(start_dim=2), *_normalization(normalize))
 
 
 def style_loss(
@@ -78,11 +78,16 @@ def style_loss(
         reduction=reduction,
         distance=distance,
     )
+    options = (*_normalization(normalize), reduction, distance)
     losses = [
-        _style(layer.features.flatten(start_dim=2), layer.target, layer.scale, layer.factor, distance)[0]
-        for layer in layers
+        layer.weight * _style(layer.features.flatten(start_dim=2), layer.target, *options)[0] for layer in layers
     ]
     return sum(losses[1:], losses[0])
+
+
+def _normalization(normalize: str | float) -> tuple[str, float]:
+    """What the ops divide by, as they take it: the name of a size, times a number."""
+    return (normalize, 1.0) if isinstance(normalize, str) else ("none", float(normalize))
 
 
 # ---- shapes ------------------------------------------------------------------------------------------------
@@ -94,17 +99,17 @@ def _empty_gram(features: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("deepsim_ext::gram_matrix")
-def _(features, scale):
+def _(features, normalize, divisor):
     return _empty_gram(features)
 
 
 @torch.library.register_fake("deepsim_ext::gram_matrix_backward")
-def _(grad_gram, features, scale):
+def _(grad_gram, features, normalize, divisor):
     return torch.empty_like(features)
 
 
 @torch.library.register_fake("deepsim_ext::style_loss")
-def _(features, target, scale, factor, distance):
+def _(features, target, normalize, divisor, reduction, distance):
     residual = _empty_gram(features)
     return residual.new_empty(()), residual
 
@@ -113,30 +118,36 @@ def _(features, target, scale, factor, distance):
 
 
 def _save_for_gram_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, ctx.scale = inputs
+    features, *ctx.normalization = inputs
     ctx.save_for_backward(features)
 
 
 def _gram_backward(ctx: Any, grad_gram: Tensor) -> tuple[Any, ...]:
     (features,) = ctx.saved_tensors
-    return _gram_gradient(grad_gram, features, ctx.scale), None
+    return _gram_gradient(grad_gram, features, *ctx.normalization), None, None
 
 
 def _save_for_gram_double_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad_gram, features, ctx.scale = inputs
+    grad_gram, features, *ctx.normalization = inputs
     ctx.save_for_backward(grad_gram, features)
 
 
 def _gram_double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """The op is bilinear: scale * (dG + dG^T) F."""
+    # scale * (dG + dG^T) F is linear in each: the gradient by F is the op again, that by dG a Gram matrix of two.
     grad_gram, features = ctx.saved_tensors
-    product = ctx.scale * (grad.to(grad_gram.dtype) @ features.to(grad_gram.dtype).mT)
-    return product + product.mT, _gram_gradient(grad_gram, grad, ctx.scale), None
+    product = grad.to(grad_gram.dtype) @ features.to(grad_gram.dtype).mT
+    by_grad_gram = (product + product.mT) / _divisor(features, *ctx.normalization)
+    return by_grad_gram, _gram_gradient(grad_gram, grad, *ctx.normalization), None, None
+
+
+def _divisor(features: Tensor, normalize: str, divisor: float) -> float:
+    b, c, n = features.shape
+    return divisor * {"none": 1, "hw": n, "chw": c * n, "bchw": b * c * n}[normalize]
 
 
 def _save_for_style_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    features, target, ctx.scale, ctx.factor, ctx.distance = inputs
-    ctx.per_sample = target.shape[0] == features.shape[0]
+    features, target, *ctx.normalization, ctx.reduction, ctx.distance = inputs
+    ctx.one_target = target.shape[0] == 1
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(features, output[1])
 
@@ -146,17 +157,19 @@ def _style_backward(ctx: Any, grad_loss: Tensor | None, grad_residual: Tensor | 
     features, residual = ctx.saved_tensors
     grad_gram = grad_residual
     if grad_loss is not None:
+        b, c, n = features.shape
+        factor = {"mean": 1 / (b * c * c), "sum": 1.0, "gatys": 1 / (4 * c * c * n * n)}[ctx.reduction]
         slope = 2 * residual if ctx.distance == "l2" else residual.sign()
-        grad_gram = (ctx.factor * grad_loss) * slope
+        grad_gram = (factor * grad_loss) * slope
         grad_gram = grad_gram if grad_residual is None else grad_gram + grad_residual
     if grad_gram is None:
-        return None, None, None, None, None
+        return (None,) * 6
     grad_features = grad_target = None
     if ctx.needs_input_grad[0]:
-        grad_features = _gram_gradient(grad_gram, features, ctx.scale)
+        grad_features = _gram_gradient(grad_gram, features, *ctx.normalization)
     if ctx.needs_input_grad[1]:
-        grad_target = -(grad_gram if ctx.per_sample else grad_gram.sum(dim=0, keepdim=True))
-    return grad_features, grad_target, None, None, None
+        grad_target = -(grad_gram.sum(dim=0, keepdim=True) if ctx.one_target else grad_gram)
+    return grad_features, grad_target, None, None, None, None
 
 
 _gram_gradient = differentiable(

@@ -53,7 +53,7 @@ def batch_hard_mine(
 
     Returns:
         (anchors, positives, negatives), int64 of one length, anchors ascending. Ties go to the lowest index.
-        A distance that is NaN counts as infinite.
+        With a NaN or inf in the embeddings nothing is chosen.
 
     Raises:
         TypeError: an argument of the wrong Python type or dtype.
@@ -125,8 +125,8 @@ def batch_hard_triplet_loss(
         loss=loss,
         valid_anchors=valid_anchors,
         active_fraction=(per_anchor > 0).sum() / count,
-        mean_d_ap=d_ap.detach().sum() / count,
-        mean_d_an=d_an.detach().sum() / count,
+        mean_d_ap=_nan_unless_finite(d_ap.detach().sum() / count, x, refs),
+        mean_d_an=_nan_unless_finite(d_an.detach().sum() / count, x, refs),
     )
 
 
@@ -147,11 +147,10 @@ def mine_hardest(
     self_form = ref_embeddings is None
     x = embeddings.double()
     distances = _pairwise(x, x if self_form else ref_embeddings.double(), distance)
-    distances = torch.where(distances.isnan(), torch.inf, distances)
     same = labels[:, None] == (labels if self_form else ref_labels)[None, :]
     allowed = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device) if self_form else same
     positives, negatives = _first_argmax(distances, allowed), _first_argmax(-distances, ~same)
-    valid = (positives >= 0) & (negatives >= 0)
+    valid = (positives >= 0) & (negatives >= 0) & _all_finite(embeddings, ref_embeddings)
     return torch.where(valid, positives, -1), torch.where(valid, negatives, -1)
 
 
@@ -211,10 +210,13 @@ def _reduce(per_anchor: Tensor, valid: Tensor, reduction: str) -> Tensor:
     return per_anchor.sum() / counted.sum().clamp(min=1)
 
 
-def _nan_unless_finite(loss: Tensor, *tensors: Tensor | None) -> Tensor:
-    """The loss, or NaN if any element of `tensors` is NaN or inf; decided on the device, without a sync."""
-    finite = torch.stack([x.isfinite().all() for x in tensors if x is not None]).all()
-    return loss + torch.where(finite, torch.zeros_like(loss), torch.nan)
+def _all_finite(*tensors: Tensor | None) -> Tensor:
+    """Whether no element of `tensors` is NaN or inf: a bool scalar on the device, without a sync."""
+    return torch.stack([x.isfinite().all() for x in tensors if x is not None]).all()
+
+
+def _nan_unless_finite(x: Tensor, *tensors: Tensor | None) -> Tensor:
+    return x + torch.where(_all_finite(*tensors), torch.zeros_like(x), torch.nan)
 
 
 def _pairwise(x: Tensor, y: Tensor, distance: str) -> Tensor:
@@ -304,8 +306,8 @@ def gram_matrix(features: Tensor, *, normalize: str | float = "chw") -> Tensor:
         TypeError: an argument of the wrong Python type or dtype.
         ValueError: unknown or non-positive `normalize`, or features of the wrong shape.
     """
-    scale = _checks.gram_matrix("gram_matrix", features, normalize=normalize)
-    return _scaled_gram(features, scale)
+    _checks.gram_matrix("gram_matrix", features, normalize=normalize)
+    return _gram(features, normalize)
 
 
 def style_loss(
@@ -350,18 +352,25 @@ def style_loss(
     )
     total = 0.0
     for layer in layers:
-        difference = _scaled_gram(layer.features, layer.scale) - layer.target
-        total = total + layer.factor * (difference.square() if distance == "l2" else difference.abs()).sum()
+        b, c = layer.features.shape[:2]
+        n = layer.features.shape[2:].numel()
+        factor = {"mean": 1 / (b * c * c), "sum": 1.0, "gatys": 1 / (4 * c * c * n * n)}[reduction]
+        difference = _gram(layer.features, normalize) - layer.target
+        distances = difference.square() if distance == "l2" else difference.abs()
+        total = total + layer.weight * factor * distances.sum()
     return total
 
 
-def _scaled_gram(features: Tensor, scale: float) -> Tensor:
+def _gram(features: Tensor, normalize: str | float) -> Tensor:
     f = features.flatten(start_dim=2).to(_checks.compute_dtype(features))
+    b, c, n = f.shape
+    divisors = {"none": 1, "hw": n, "chw": c * n, "bchw": b * c * n}
+    divisor = divisors[normalize] if isinstance(normalize, str) else normalize
     device = f.device.type
     can_autocast = torch.amp.is_autocast_available(device)
     # Autocast would round the factors to half.
     with torch.autocast(device, enabled=False) if can_autocast else nullcontext():
-        return scale * (f @ f.mT)
+        return (f @ f.mT) / divisor
 
 
 def content_loss(

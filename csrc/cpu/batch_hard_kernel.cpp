@@ -30,8 +30,9 @@ at::Tensor with_adjacent_columns(const at::Tensor& x) { return x.size(1) == 1 ||
 
 Rows rows_of(const at::Tensor& x) { return {x.const_data_ptr(), x.size(0), x.size(1), x.stride(0)}; }
 
-// Rows of `depth` elements per thread that are worth waking one for.
+// Rows of `depth` elements, squares of `work` multiplications, that are worth waking a thread for.
 int64_t row_grain(int64_t depth) { return std::max<int64_t>(1, 16384 / depth); }
+int64_t square_grain(int64_t work) { return std::max<int64_t>(1, 262144 / work); }
 
 template <class T>
 std::vector<double> inverse_norms(const Kernels<T>& kernels, const Rows& x) {
@@ -147,7 +148,7 @@ ExtremesBuffer<T> search(const Kernels<T>& kernels, const PackedPoints<T>& rows,
   ExtremesBuffer<T> best(rows.panels * width);
   std::vector<std::mutex> locks(row_blocks);
 
-  at::parallel_for(0, squares, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, squares, square_grain(side * width * side * width * rows.view.depth), [&](int64_t begin, int64_t end) {
     ExtremesBuffer<T> row_best(side * width), column_best(side * width);
     const auto with_lock = [&](int64_t block, auto action) {
       const int64_t first = block * side, count = std::min(side, rows.panels - first) * width;

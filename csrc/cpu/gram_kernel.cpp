@@ -22,6 +22,9 @@ namespace {
 constexpr int64_t kPositionsPerSlice = 512;
 constexpr int64_t kMostSlices = 64;
 
+// How many of the items that take `work` multiplications each are worth waking a thread for.
+int64_t grain(int64_t work) { return std::max<int64_t>(1, 262144 / std::max<int64_t>(1, work)); }
+
 // Upper-triangle tiles of every slice of every sample, [B][slices][tiles][panel_rows][panel_rows], not yet added up.
 template <class T>
 struct PartialTiles {
@@ -48,7 +51,7 @@ PartialTiles<T> partial_tiles(const Kernels<T>& kernels, const at::Tensor& featu
   T* tiles = p.buffer.template mutable_data_ptr<T>();
   const char* data = static_cast<const char*>(features.const_data_ptr());
   const bool adjacent_positions = features.stride(2) == 1 || positions == 1;
-  at::parallel_for(0, batch * p.slices, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, batch * p.slices, grain(p.tiles * p.tile_size * (positions / p.slices)), [&](int64_t begin, int64_t end) {
     std::vector<T> packed(kernels.gram_scratch(channels));
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / p.slices, s = item % p.slices;
@@ -71,7 +74,7 @@ double reduce_tiles(const Kernels<T>& kernels, const PartialTiles<T>& p, int64_t
   const int64_t width = kernels.panel_rows;
   std::vector<double> sums(batch * p.tiles);
   const T* tiles = p.buffer.template const_data_ptr<T>();
-  at::parallel_for(0, batch * p.tiles, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, batch * p.tiles, grain(p.tile_size * (p.slices + 8)), [&](int64_t begin, int64_t end) {
     std::vector<T> total(p.tile_size);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / p.tiles, tile = item % p.tiles;
@@ -99,8 +102,10 @@ double reduce_tiles(const Kernels<T>& kernels, const PartialTiles<T>& p, int64_t
   return sum;
 }
 
-at::Tensor gram_matrix(const at::Tensor& features, double scale) {
-  check_features("gram_matrix", features);
+at::Tensor gram_matrix(const at::Tensor& features, std::string_view normalize, double divisor) {
+  constexpr const char* function = "gram_matrix";
+  check_features(function, features);
+  const double scale = gram_scale(function, features, normalize, divisor);
   const at::Tensor f = with_adjacent_axis(features);
   const int64_t batch = f.size(0), channels = f.size(1);
   return dispatch(f.scalar_type(), [&](const auto& kernels) {
@@ -115,11 +120,12 @@ at::Tensor gram_matrix(const at::Tensor& features, double scale) {
   });
 }
 
-std::tuple<at::Tensor, at::Tensor> style_loss(const at::Tensor& features, const at::Tensor& target, double scale, double factor,
-                                              std::string_view distance) {
+std::tuple<at::Tensor, at::Tensor> style_loss(const at::Tensor& features, const at::Tensor& target, std::string_view normalize,
+                                              double divisor, std::string_view reduction, std::string_view distance) {
   constexpr const char* function = "style_loss";
   check_features(function, features);
   check_target(function, target, features);
+  const double scale = gram_scale(function, features, normalize, divisor), factor = style_factor(function, features, reduction);
   const bool squared = style_distance_from(function, distance) == StyleDistance::l2;
   const at::Tensor f = with_adjacent_axis(features), a = target.contiguous();
   const int64_t batch = f.size(0), channels = f.size(1), target_stride = a.size(0) == 1 ? 0 : channels * channels;
@@ -143,10 +149,12 @@ std::tuple<at::Tensor, at::Tensor> style_loss(const at::Tensor& features, const 
 // Positions of 16-bit features that are widened, multiplied and rounded at a time.
 constexpr int64_t kHalfPositions = 16384;
 
-at::Tensor gram_matrix_backward(const at::Tensor& grad_gram, const at::Tensor& features, double scale) {
+at::Tensor gram_matrix_backward(const at::Tensor& grad_gram, const at::Tensor& features, std::string_view normalize,
+                                double divisor) {
   constexpr const char* function = "gram_matrix_backward";
   check_features(function, features);
   check_grad_gram(function, grad_gram, features);
+  const double scale = gram_scale(function, features, normalize, divisor);
   const at::Tensor symmetric = at::add(grad_gram, grad_gram.transpose(1, 2)).mul_(scale);
   at::Tensor grad = empty_like_in_huge_pages(features);
   // Written through whichever of grad and its transpose is contiguous: one product, no temporary.

@@ -1,0 +1,137 @@
+"""Style loss over the VGG19 layers conv1_1 ... conv5_1 of a 256x256 and a 512x512 image, batch 1, float32.
+
+Nominal work, C channels and N = H W: forward 2 C^2 N FLOPs (the full Gram matrix), backward 2 C^2 N (one
+product D F), both 4 C^2 N, for every contender: who computes half of the symmetric Gram matrix shows a higher
+rate, who runs two products backward a lower one. The yardstick is one `torch.mm(F, F.T)` per layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import deepsim_ext
+
+from . import baselines
+from .memory import memory_record
+from .report import Bar
+from .timing import Contender, Inputs, Record, add_rates, fresh_leaves, measure
+
+NAME = "style"
+PRODUCT = "torch.mm(F, F.T)"
+# Channels, and the factor by which height and width are smaller than the image's.
+LAYERS = {
+    "conv1_1": (64, 1),
+    "conv2_1": (128, 2),
+    "conv3_1": (256, 4),
+    "conv4_1": (512, 8),
+    "conv5_1": (512, 16),
+}
+ALL = "all layers"
+IMAGE_SIZES = (256, 512)
+
+
+def case_name(image_size: int, layers: str = ALL) -> str:
+    return f"{image_size}x{image_size} {layers}"
+
+
+def shapes(image_size: int, layers: str = ALL) -> list[tuple[int, int, int, int]]:
+    chosen = LAYERS.values() if layers == ALL else [LAYERS[layers]]
+    return [(1, channels, image_size // factor, image_size // factor) for channels, factor in chosen]
+
+
+def draw(feature_shapes: list[tuple[int, int, int, int]]) -> Inputs:
+    """Positive features as after a ReLU; the style's channels have other scales: no difference vanishes."""
+    features = [torch.randn(shape).abs_() for shape in feature_shapes]
+    styles = [f[:, torch.randperm(f.shape[1])] * (0.5 + torch.rand(f.shape[1], 1, 1)) for f in features]
+    return Inputs(features, [baselines.gram_eager(style) for style in styles])
+
+
+def _products(features: list[Tensor], _: list[Tensor]) -> list[Tensor]:
+    return [torch.mm(rows, rows.T) for rows in (f[0].flatten(1) for f in features)]
+
+
+def contenders(skip_compile: str = "") -> list[Contender]:
+    compiled = torch.compile(baselines.style_eager, dynamic=False)
+    return [
+        Contender(PRODUCT, _products, differentiable=False, min_runs=9),
+        Contender("deepsim_ext", deepsim_ext.style_loss, min_runs=9),
+        Contender("torch eager", baselines.style_eager, min_runs=9),
+        Contender("torch.compile", compiled, skip=skip_compile),
+        Contender("one-GEMM Function", baselines.style_one_gemm),
+    ]
+
+
+EXACT = Contender("float64", baselines.style_eager)
+
+
+def probe(name: str, image_size: str) -> tuple[Callable[[], object], Callable[[], object]]:
+    """One forward + backward of the contender `name`, and a small one to warm up (see memory.py)."""
+    contender = next(c for c in contenders() if c.name == name)
+
+    def step(size: int) -> Callable[[], object]:
+        inputs = draw(shapes(size))
+        leaves = fresh_leaves(contender, inputs)
+        return lambda: contender.function(leaves, inputs.constants).backward()
+
+    # A new shape would start the compiler, which is no part of the call.
+    return step(int(image_size)), step(int(image_size) if name == "torch.compile" else 16)
+
+
+def time_case(image_size: int, layers: str, seconds: float, skip_compile: str) -> list[Record]:
+    """One record per contender and phase."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    feature_shapes = shapes(image_size, layers)
+    measured = measure(contenders(skip_compile), lambda: draw(feature_shapes), EXACT, seconds=seconds)
+    work = sum(2 * channels**2 * height * width for _, channels, height, width in feature_shapes)
+    flops = {"forward": work, "backward": work, "both": 2 * work}
+    add_rates(measured, flops, product=PRODUCT, baseline="torch eager")
+    case = case_name(image_size, layers)
+    return [{"op": NAME, "kind": "time", "case": case} | record for record in measured]
+
+
+def memory_case(image_size: int) -> list[Record]:
+    """One record per contender, over all layers; allowed is the gradient."""
+    allowed = sum(math.prod(shape) for shape in shapes(image_size)) * torch.float32.itemsize
+    return [
+        {"op": NAME, "kind": "memory", "case": case_name(image_size)}
+        | memory_record(contender, allowed, f"{__name__}:probe", contender.name, image_size)
+        for contender in contenders()
+        if contender.differentiable
+    ]
+
+
+def jobs(quick: bool) -> list[tuple[str, Callable[[], list[Record]]]]:
+    """What there is to measure, each with its name."""
+    seconds, skip_compile = (0.3, "left out by --quick") if quick else (1.0, "")
+    # Compiling each layer takes longer than everything else together.
+    skip_layer = skip_compile or f"compiled for {ALL} only"
+    times = [
+        (
+            case_name(image_size, layers),
+            partial(time_case, image_size, layers, seconds, skip_compile if layers == ALL else skip_layer),
+        )
+        for image_size in (IMAGE_SIZES[:1] if quick else IMAGE_SIZES)
+        for layers in ([ALL] if quick else [*LAYERS, ALL])
+    ]
+    size = IMAGE_SIZES[-1]
+    memory = [] if quick else [(f"memory {case_name(size)}", partial(memory_case, size))]
+    return times + memory
+
+
+def bars(records: list[Record]) -> list[Bar]:
+    """What the project promises, with the measured figures."""
+    cases = [case_name(image_size) for image_size in IMAGE_SIZES]
+    speedups = [
+        r["speedup"]
+        for r in records
+        if r["contender"] == "deepsim_ext" and r.get("phase") == "both" and r["case"] in cases and r["valid"]
+    ]
+    mean = math.prod(speedups) ** (1 / len(cases)) if len(speedups) == len(cases) else None
+    text = "style, all layers, speed-up over torch eager (geometric mean of 256x256 and 512x512)"
+    return [Bar(text, mean, at_least=2.4)]
