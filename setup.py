@@ -1,6 +1,7 @@
 """Builds deepsim_ext._C from csrc/ against the installed torch.
 
-DEEPSIM_CUDA=auto (default) builds the CUDA kernels where nvcc is found, 0 leaves them out, 1 makes their absence an error.
+DEEPSIM_CUDA=auto (default) builds the CUDA kernels where nvcc is found, 0 leaves them out, 1 makes their
+absence an error.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import deepsim_ext
+from tests.samples import balanced_labels
 
 from . import baselines
 from .memory import memory_record
@@ -37,8 +38,7 @@ def case_name(n: int, d: int, dtype: torch.dtype = torch.float32) -> str:
 
 def draw(n: int, d: int, dtype: torch.dtype) -> Inputs:
     """Normal embeddings: nearly every anchor is active, so nearly every one has a gradient."""
-    labels = (torch.arange(n) // 4)[torch.randperm(n)]
-    return Inputs([torch.randn(n, d).to(dtype)], [labels])
+    return Inputs([torch.randn(n, d).to(dtype)], [balanced_labels(n, per_class=4)])
 
 
 def _on_lists(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[list[Tensor], list[Tensor]], Tensor]:

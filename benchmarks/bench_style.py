@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import deepsim_ext
+from tests.samples import VGG19_LAYERS
 
 from . import baselines
 from .memory import memory_record
@@ -23,14 +24,6 @@ from .timing import Contender, Inputs, Record, add_rates, fresh_leaves, measure
 
 NAME = "style"
 PRODUCT = "torch.mm(F, F.T)"
-# Channels, and the factor by which height and width are smaller than the image's.
-LAYERS = {
-    "conv1_1": (64, 1),
-    "conv2_1": (128, 2),
-    "conv3_1": (256, 4),
-    "conv4_1": (512, 8),
-    "conv5_1": (512, 16),
-}
 ALL = "all layers"
 IMAGE_SIZES = (256, 512)
 
@@ -40,7 +33,7 @@ def case_name(image_size: int, layers: str = ALL) -> str:
 
 
 def shapes(image_size: int, layers: str = ALL) -> list[tuple[int, int, int, int]]:
-    chosen = LAYERS.values() if layers == ALL else [LAYERS[layers]]
+    chosen = VGG19_LAYERS.values() if layers == ALL else [VGG19_LAYERS[layers]]
     return [(1, channels, image_size // factor, image_size // factor) for channels, factor in chosen]
 
 
@@ -117,7 +110,7 @@ def jobs(quick: bool) -> list[tuple[str, Callable[[], list[Record]]]]:
             partial(time_case, image_size, layers, seconds, skip_compile if layers == ALL else skip_layer),
         )
         for image_size in (IMAGE_SIZES[:1] if quick else IMAGE_SIZES)
-        for layers in ([ALL] if quick else [*LAYERS, ALL])
+        for layers in ([ALL] if quick else [*VGG19_LAYERS, ALL])
     ]
     size = IMAGE_SIZES[-1]
     memory = [] if quick else [(f"memory {case_name(size)}", partial(memory_case, size))]

@@ -18,6 +18,14 @@ from .results import BatchHardResult
 
 __version__ = "0.1.0"
 
-__all__ = ["BatchHardResult", "__version__", "build_info", "functional", "nn", "reference", *functional.__all__]
+__all__ = [
+    "BatchHardResult",
+    "__version__",
+    "build_info",
+    "functional",
+    "nn",
+    "reference",
+    *functional.__all__,
+]
 
 build_info = _C.build_info

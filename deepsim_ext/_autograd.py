@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 
-def differentiable(op: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> Callable[..., Any]:
+def differentiable(
+    op: str, backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> Callable[..., Any]:
     """Registers the gradient of torch.ops.deepsim_ext.<op> and returns the op as a function to call.
 
-    The op itself gets the formula, for torch.compile and for those who call the op; the returned function goes
-    through an autograd.Function with the same formula, which torch.func's transforms ask for.
+    The op itself gets the formula, for torch.compile and for those who call the op; the returned function
+    goes through an autograd.Function with the same formula, which torch.func's transforms ask for.
     """
     overload = getattr(torch.ops.deepsim_ext, op).default
     torch.library.register_autograd(f"deepsim_ext::{op}", backward, setup_context=setup_context)

@@ -1,4 +1,4 @@
-"""Batch-hard mining and triplet loss: the ops' shapes, gradients and batching, and the functions that people call."""
+"""Batch-hard mining and triplet loss: the functions that people call, and the ops' shapes and gradients."""
 
 from __future__ import annotations
 
@@ -22,16 +22,18 @@ def batch_hard_mine(
     *,
     distance: str = "euclidean",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hardest positive (the farthest of the same label) and negative (the nearest of another) of every anchor.
+    """Hardest positive (the farthest of its label) and negative (the nearest of another) of every anchor.
 
-    Source: Hermans, Beyer, Leibe, "In Defense of the Triplet Loss for Person Re-Identification" (2017), eq. 5.
+    Source: Hermans, Beyer, Leibe, "In Defense of the Triplet Loss for Person Re-Identification" (2017),
+    eq. 5.
 
     Args:
         embeddings: [N, D] with D >= 1; float32, float64, bfloat16 or float16.
         labels: int64 [N].
-        ref_embeddings, ref_labels: [M, D] and int64 [M], the rows to choose from; dtype of `embeddings` (under
-            autocast a mix goes to the widest). None, or `embeddings` itself: choose from the batch, where no
-            anchor is its own positive; `ref_labels` then has no effect.
+        ref_embeddings, ref_labels: [M, D] and int64 [M], the rows to choose from; dtype of `embeddings`
+            (under autocast a mix goes to the widest). None, or `embeddings` itself: choose from the batch,
+            where no anchor is its own positive; `ref_labels` then has no effect. (Under torch.vmap leave them
+            out: it hides that both are the same tensor.)
         distance: "euclidean", "sqeuclidean" or "cosine" (1 - cos; a zero vector is at distance 1 from all).
 
     Returns:
@@ -83,9 +85,9 @@ def batch_hard_triplet_loss(
 
     Returns:
         Scalar, or [N] for "none"; float32, or float64 for float64 input. Half inputs are computed in float32,
-        their gradients come in the input's dtype. Gradients flow into both embeddings, to any order; that of a
-        Euclidean distance is 0 at 0, and that of a cosine distance is 0 at a zero vector. A NaN or inf in an
-        embedding makes the loss NaN.
+        their gradients come in the input's dtype. Gradients flow into both embeddings, to any order; that of
+        a Euclidean distance is 0 at 0, and that of a cosine distance is 0 at a zero vector. A NaN or inf in
+        an embedding makes the loss NaN.
 
     Raises:
         TypeError: an argument of the wrong Python type or dtype.

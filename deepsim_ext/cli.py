@@ -17,7 +17,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="versions, CPU kernels in use, CUDA kernels built in")
     info.set_defaults(run=print_info)
-    demo_command = commands.add_parser("demo", help="train an embedding and stylise a picture, fast and in plain torch")
+    demo_command = commands.add_parser(
+        "demo", help="train an embedding and stylise a picture, fast and in plain torch"
+    )
     demo.add_arguments(demo_command)
     demo_command.set_defaults(run=demo.run)
     arguments = parser.parse_args(argv)

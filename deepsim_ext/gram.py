@@ -1,4 +1,4 @@
-"""Gram matrix and style loss: the ops' shapes, gradients and batching, and the functions that people call."""
+"""Gram matrix and style loss: the functions that people call, and the ops' shapes and gradients."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def style_loss(
         distance: "l2" for squared, "l1" for absolute differences.
 
     Returns:
-        Scalar; float32, or float64 for float64 input. Differentiable in `features` and `target`, to any order.
+        Scalar; float32, or float64 for float64 input. Differentiable in `features` and `target`, to any
+        order.
 
     Raises:
         TypeError: an argument of the wrong Python type or dtype.
@@ -80,7 +81,8 @@ def style_loss(
     )
     options = (*_normalization(normalize), reduction, distance)
     losses = [
-        layer.weight * _style(layer.features.flatten(start_dim=2), layer.target, *options)[0] for layer in layers
+        layer.weight * _style(layer.features.flatten(start_dim=2), layer.target, *options)[0]
+        for layer in layers
     ]
     return sum(losses[1:], losses[0])
 
@@ -133,7 +135,7 @@ def _save_for_gram_double_backward(ctx: Any, inputs: tuple[Any, ...], output: Te
 
 
 def _gram_double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    # scale * (dG + dG^T) F is linear in each: the gradient by F is the op again, that by dG a Gram matrix of two.
+    # scale * (dG + dG^T) F is linear in each: the gradient by F is the op again, that by dG a product.
     grad_gram, features = ctx.saved_tensors
     product = grad.to(grad_gram.dtype) @ features.to(grad_gram.dtype).mT
     by_grad_gram = (product + product.mT) / _divisor(features, *ctx.normalization)
@@ -172,8 +174,6 @@ def _style_backward(ctx: Any, grad_loss: Tensor | None, grad_residual: Tensor | 
     return grad_features, grad_target, None, None, None, None
 
 
-_gram_gradient = differentiable(
-    "gram_matrix_backward", _gram_double_backward, _save_for_gram_double_backward
-)
+_gram_gradient = differentiable("gram_matrix_backward", _gram_double_backward, _save_for_gram_double_backward)
 _gram = differentiable("gram_matrix", _gram_backward, _save_for_gram_backward)
 _style = differentiable("style_loss", _style_backward, _save_for_style_backward)

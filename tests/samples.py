@@ -13,8 +13,14 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DISTANCES = ("euclidean", "sqeuclidean", "cosine")
 TRIPLET_REDUCTIONS = ("mean", "mean_nonzero", "sum", "none")
 
-# (channels, height = width) of conv1_1 ... conv5_1 for a picture of 512 x 512.
-VGG19_LAYERS_512 = ((64, 512), (128, 256), (256, 128), (512, 64), (512, 32))
+# VGG19's style layers: channels, and the factor by which height and width are smaller than the picture's.
+VGG19_LAYERS = {
+    "conv1_1": (64, 1),
+    "conv2_1": (128, 2),
+    "conv3_1": (256, 4),
+    "conv4_1": (512, 8),
+    "conv5_1": (512, 16),
+}
 
 
 def balanced_labels(n: int, per_class: int, generator: torch.Generator | None = None) -> Tensor:
@@ -42,7 +48,7 @@ class Sample:
 
 
 def batch_hard_samples(dtype: torch.dtype = torch.float64, small: bool = False) -> Iterator[Sample]:
-    """Batches for batch_hard_mine and batch_hard_triplet_loss: (embeddings, labels, ref_embeddings, ref_labels).
+    """Batches for mining and the triplet loss: (embeddings, labels, ref_embeddings, ref_labels).
 
     `small` keeps to what gradcheck can walk through element by element.
     """
@@ -70,13 +76,15 @@ def batch_hard_samples(dtype: torch.dtype = torch.float64, small: bool = False) 
     yield Sample("duplicates", [points(8, 5).repeat(5, 1), labels(8, 3).repeat(5), None, None])
     yield Sample("strided", [points(60, 40)[::3, ::5], labels(40, 4)[::2], None, None])
     yield Sample("rows_and_more", [points(33, 17), labels(33, 5), None, None])
-    # Several panels, ragged edges, more than one block of the depth; far from the origin, where |a|^2 + |b|^2 - 2ab cancels.
+    # Several panels, ragged edges, more than one block of the depth.
     yield Sample("tiles", [points(333, 150), balanced_labels(333, 4, g), None, None])
     yield Sample("few_big_classes", [points(400, 24), labels(400, 3), None, None])
     yield Sample("heavy_imbalance", [points(300, 20), (labels(300, 60) - 40).clamp(min=0), None, None])
     offset = 100.0 if dtype in (torch.float32, torch.float64) else 4.0
     yield Sample("offset", [points(200, 33, offset), balanced_labels(200, 5, g), None, None])
-    yield Sample("reference_tiles", [points(130, 40, 1.0), labels(130, 30), points(290, 40, 1.0), labels(290, 30)])
+    yield Sample(
+        "reference_tiles", [points(130, 40, 1.0), labels(130, 30), points(290, 40, 1.0), labels(290, 30)]
+    )
 
 
 def feature_shapes(small: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -21,8 +21,8 @@ by_distance = pytest.mark.parametrize("distance", DISTANCES)
 # Of the gradient, against float64 on the same values: rounding of the result to its dtype, and little more.
 TOLERANCE = {torch.float32: 5e-7, torch.float64: 1e-12, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 
-# Every margin form and reduction once; gradcheck below goes through all combinations. No margin of 0: where both distances
-# are equal, as for cosine in one column, rounding would decide who is active.
+# Every margin form and reduction once; gradcheck below goes through all combinations. No margin of 0: where
+# both distances are equal, as for cosine in one column, rounding would decide who is active.
 SETTINGS = (
     {"margin": 0.1, "reduction": "mean"},
     {"margin": 1.0, "reduction": "mean_nonzero"},
@@ -58,7 +58,9 @@ def test_values_and_gradients_match_the_reference(i, distance, dtype):
         rtol = 1e-13 if dtype is torch.float64 else 1e-6
         for x, y in zip(got, expected, strict=True):
             torch.testing.assert_close(x.double(), y.double(), rtol=rtol, atol=rtol)
-        incoming = 100 * torch.randn_like(got.loss)  # as a gradient scaler does: float16 gradients stay normal numbers
+        incoming = 100 * torch.randn_like(
+            got.loss
+        )  # as a gradient scaler does: float16 gradients stay normal numbers
         got.loss.backward(incoming)
         expected.loss.backward(incoming.double())
         for x, y in zip(leaves(ours), leaves(exact), strict=True):
@@ -86,7 +88,9 @@ def test_gradcheck_on_the_compiled_op(distance, soft, reduction):
         def loss(*inputs, tensors=tensors):
             given = iter(inputs)
             arguments = [next(given) if t is not None and t.requires_grad else t for t in tensors]
-            return batch_hard_triplet_loss(*arguments, margin=2.0, soft=soft, distance=distance, reduction=reduction)
+            return batch_hard_triplet_loss(
+                *arguments, margin=2.0, soft=soft, distance=distance, reduction=reduction
+            )
 
         assert torch.autograd.gradcheck(loss, leaves(tensors))
         assert torch.autograd.gradgradcheck(loss, leaves(tensors))
@@ -121,7 +125,7 @@ def test_no_valid_anchor_gives_a_zero_that_is_connected_to_the_input(distance):
 
 @by_dtype
 def test_ties_go_to_the_lowest_original_index(dtype):
-    """Ten copies of four points, scattered: every choice has ten equals, in other panels and other threads' squares."""
+    """Copies of four points, scattered: every choice has equals in other panels and other threads' squares."""
     g = torch.Generator().manual_seed(3)
     points = torch.randn(4, 20, generator=g).to(dtype)
     which = torch.randint(4, (500,), generator=g)
@@ -172,14 +176,16 @@ def test_selection_is_right_where_the_gram_form_cancels():
     g = torch.Generator().manual_seed(5)
     x = torch.randn(1500, 16, generator=g) + 100
     labels = balanced_labels(1500, 5, g)
-    for got, exact in zip(batch_hard_mine(x, labels), reference.batch_hard_mine(x.double(), labels), strict=True):
+    for got, exact in zip(
+        batch_hard_mine(x, labels), reference.batch_hard_mine(x.double(), labels), strict=True
+    ):
         assert torch.equal(got, exact)
 
 
 @pytest.mark.parametrize("d", [3, 128, 1000])
 def test_selection_within_the_contracted_gap(d):
-    """Where best and runner-up differ by more than 1e-5 of the largest centred squared norm the index is the float64 one;
-    inside that gap the chosen distance is."""
+    """Where best and runner-up differ by more than 1e-5 of the largest centred squared norm, the index is the
+    float64 one; inside that gap the chosen distance is."""
     g = torch.Generator().manual_seed(d)
     x = torch.randn(1200, d, generator=g).mul(torch.rand(1200, 1, generator=g) * 3) + 5
     labels = balanced_labels(1200, 4, g)
@@ -205,7 +211,9 @@ def test_self_pairs_are_excluded_only_in_the_self_form():
     assert torch.equal(batch_hard_mine(x, labels, x, labels)[1], positives)
     singles = torch.arange(20)
     assert len(batch_hard_mine(x, singles, x, singles)[0]) == 0
-    assert torch.equal(batch_hard_mine(x, singles, x.clone(), singles)[1], singles)  # itself is the only positive
+    assert torch.equal(
+        batch_hard_mine(x, singles, x.clone(), singles)[1], singles
+    )  # itself is the only positive
 
 
 def test_gradient_flows_to_both_sets_and_only_where_asked():
@@ -258,9 +266,17 @@ def test_many_reference_rows_for_one_anchor_and_the_reverse():
     g = torch.Generator().manual_seed(1)
     for n, m in ((1, 700), (700, 1), (3, 65)):
         sample = Sample(
-            "", [torch.randn(n, 9, generator=g), torch.arange(n) % 3, torch.randn(m, 9, generator=g), torch.arange(m) % 3]
+            "",
+            [
+                torch.randn(n, 9, generator=g),
+                torch.arange(n) % 3,
+                torch.randn(m, 9, generator=g),
+                torch.arange(m) % 3,
+            ],
         )
-        for got, expected in zip(batch_hard_mine(*sample.tensors), reference.batch_hard_mine(*sample.tensors), strict=True):
+        for got, expected in zip(
+            batch_hard_mine(*sample.tensors), reference.batch_hard_mine(*sample.tensors), strict=True
+        ):
             assert torch.equal(got, expected)
 
 

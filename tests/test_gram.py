@@ -15,7 +15,7 @@ ops = torch.ops.deepsim_ext
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 NORMALIZATIONS = ("none", "hw", "chw", "bchw", 37.5)
 
-# Against float64 on the same values. The gradient of a half input is rounded to it; that of the target never is.
+# Against float64 on the same values. The gradient of a half input is rounded to it, that of its target is not.
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
 
@@ -34,7 +34,10 @@ def test_gram_matrix_and_its_gradient_match_the_reference(dtype, normalize):
     for sample in style_samples(dtype):
         features = sample.fresh(requires_grad=True)[0]
         exact = features.detach().double().requires_grad_()
-        got, expected = gram_matrix(features, normalize=normalize), reference.gram_matrix(exact, normalize=normalize)
+        got, expected = (
+            gram_matrix(features, normalize=normalize),
+            reference.gram_matrix(exact, normalize=normalize),
+        )
         assert got.dtype == compute_dtype(dtype)
         assert torch.equal(got, got.mT)
         assert_close(got, expected, TOLERANCE[compute_dtype(dtype)])
@@ -57,7 +60,9 @@ def test_style_loss_and_its_gradients_match_the_reference(dtype, distance, reduc
         assert got.dtype == compute_dtype(dtype)
         assert_close(got, expected, 1e-5 if got.dtype == torch.float32 else 1e-12)
         grads = torch.autograd.grad(expected, exact)
-        scale = 1 / grads[0].abs().max().item()  # as a gradient scaler does: float16 gradients stay normal numbers
+        scale = (
+            1 / grads[0].abs().max().item()
+        )  # as a gradient scaler does: float16 gradients stay normal numbers
         for x, g, e in zip(ours, torch.autograd.grad(got * scale, ours), grads, strict=True):
             assert g.dtype == x.dtype
             assert_close(g, e * scale, max(TOLERANCE[x.dtype], 1e-5 if got.dtype == torch.float32 else 0))
@@ -71,7 +76,9 @@ def test_layers_add_up_by_their_weights():
     apart = sum(w * style_loss(f, t) for f, t, w in zip(features, targets, weights, strict=True))
     torch.testing.assert_close(together, apart)
     torch.testing.assert_close(together, reference.style_loss(features, targets, weights=weights))
-    torch.testing.assert_close(style_loss(tuple(features), tuple(targets)), reference.style_loss(features, targets))
+    torch.testing.assert_close(
+        style_loss(tuple(features), tuple(targets)), reference.style_loss(features, targets)
+    )
 
 
 @pytest.mark.parametrize("distance", ["l2", "l1"])
@@ -96,19 +103,25 @@ def test_opcheck(dtype):
         features, target = sample.fresh(requires_grad=True)
         features = features.flatten(2).detach().requires_grad_()
         target = target.detach().reshape(-1, *target.shape[-2:]).requires_grad_()
-        opcheck(ops.style_loss.default, (features, target, "chw", 1.0, ("mean", "gatys")[i % 2], ("l2", "l1")[i % 2]))
+        opcheck(
+            ops.style_loss.default,
+            (features, target, "chw", 1.0, ("mean", "gatys")[i % 2], ("l2", "l1")[i % 2]),
+        )
         opcheck(ops.gram_matrix.default, (features, "none", 3.0))
         grad = torch.randn(features.shape[0], *target.shape[-2:], dtype=target.dtype, requires_grad=True)
         opcheck(ops.gram_matrix_backward.default, (grad, features, "hw", 1.0))
 
 
 def test_float16_neither_overflows_nor_loses_small_layers():
-    """Activations as large as VGG's: F F^T exceeds 65504 everywhere, the gradient of the mean is far below 6e-8."""
+    """Activations as large as VGG's: F F^T exceeds 65504 everywhere, the mean's gradient is far below 6e-8."""
     features = (torch.rand(1, 64, 48, 48) * 400).to(torch.float16).requires_grad_()
     target = torch.zeros(64, 64)
     exact = features.detach().double().requires_grad_()
     for options in ({"normalize": "none", "reduction": "gatys"}, {"normalize": "chw"}, {"normalize": "hw"}):
-        got, expected = style_loss(features, target, **options), reference.style_loss(exact, target.double(), **options)
+        got, expected = (
+            style_loss(features, target, **options),
+            reference.style_loss(exact, target.double(), **options),
+        )
         assert_close(got, expected, 1e-6)
         scale = 1e-2 / torch.autograd.grad(expected, exact, retain_graph=True)[0].abs().max()
         (g,) = torch.autograd.grad(got, features, scale.float())
