@@ -125,7 +125,7 @@ def test_no_valid_anchor_gives_a_zero_that_is_connected_to_the_input(distance):
 
 @by_dtype
 def test_ties_go_to_the_lowest_original_index(dtype):
-    """Copies of four points, scattered: every choice has equals in other panels and other threads' squares."""
+    """Copies of four points, scattered: each choice has equals in other panels and other threads' squares."""
     g = torch.Generator().manual_seed(3)
     points = torch.randn(4, 20, generator=g).to(dtype)
     which = torch.randint(4, (500,), generator=g)

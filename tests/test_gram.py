@@ -15,7 +15,7 @@ ops = torch.ops.deepsim_ext
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 NORMALIZATIONS = ("none", "hw", "chw", "bchw", 37.5)
 
-# Against float64 on the same values. The gradient of a half input is rounded to it, that of its target is not.
+# Against float64 on the same values. A half gradient is rounded to its dtype, that of the target is not.
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
 
@@ -113,7 +113,7 @@ def test_opcheck(dtype):
 
 
 def test_float16_neither_overflows_nor_loses_small_layers():
-    """Activations as large as VGG's: F F^T exceeds 65504 everywhere, the mean's gradient is far below 6e-8."""
+    """Activations as large as VGG's: F F^T exceeds 65504 everywhere, the mean gradient is far below 6e-8."""
     features = (torch.rand(1, 64, 48, 48) * 400).to(torch.float16).requires_grad_()
     target = torch.zeros(64, 64)
     exact = features.detach().double().requires_grad_()

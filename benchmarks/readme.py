@@ -1,0 +1,70 @@
+"""`python -m benchmarks.readme`: writes the README's figures from the record in results/cpu.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .report import Record
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+RESULT = Path(__file__).parent / "results" / "cpu.json"
+BEGIN, END = "<!-- figures: python -m benchmarks.readme -->\n", "<!-- end of figures -->\n"
+
+BATCH_HARD_CASES = [f"N={n} D={d} float32" for d in (128, 512) for n in (256, 1024, 4096, 8192)]
+STYLE_CASES = [f"{size}x{size} all layers" for size in (256, 512)]
+BATCH_HARD_RIVALS = ["torch eager", "torch.compile", "torch row-chunked", "pytorch-metric-learning"]
+STYLE_RIVALS = ["torch eager", "torch.compile", "one-GEMM Function"]
+
+
+def section(result: dict[str, Any]) -> str:
+    """Two Markdown tables and a line that says where they were measured."""
+    where = result["environment"]
+    return "\n".join(
+        [
+            f"Forward + backward, {where['cpu']}, {where['threads']} threads, torch {where['torch']}, float32;"
+            " medians of interleaved runs in one process. *mm* is one `torch.mm(X, X.T)` (for the style loss, the"
+            " products `F @ F.T` of all layers); *× faster* is against each rival; *MiB* is the peak beyond the"
+            " input, gradient included.",
+            "",
+            *_table(result["records"], "batch_hard", BATCH_HARD_CASES, BATCH_HARD_RIVALS),
+            "",
+            "Style loss over VGG19's conv1_1 … conv5_1 for a picture of the given size:",
+            "",
+            *_table(result["records"], "style", STYLE_CASES, STYLE_RIVALS),
+            "",
+        ]
+    )
+
+
+def _table(records: list[Record], op: str, cases: list[str], rivals: list[str]) -> list[str]:
+    header = ["", "ms", "mm", *(f"× faster than {rival}" for rival in rivals), "MiB", "MiB, torch eager"]
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
+    for case in cases:
+        mine = [r for r in records if r["op"] == op and r["case"] == case]
+        times = {r["contender"]: r["p50_ms"] for r in mine if r.get("phase") == "both"}
+        peaks = {r["contender"]: r["peak_bytes"] / 2**20 for r in mine if "peak_bytes" in r}
+        ratio = next(r for r in mine if r["contender"] == "deepsim_ext" and r.get("phase") == "both")
+        lines.append(
+            [
+                case.removesuffix(" float32"),
+                f"{times['deepsim_ext']:.1f}",
+                f"{ratio['product_ratio']:.2f}",
+                *(f"{times[r] / times['deepsim_ext']:.1f}" if r in times else "–" for r in rivals),
+                *(f"{peaks[name]:.0f}" if name in peaks else "–" for name in ("deepsim_ext", "torch eager")),
+            ]
+        )
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def with_section(text: str, new: str) -> str:
+    """`text` with what stands between the markers replaced."""
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return before + BEGIN + new + END + after
+
+
+if __name__ == "__main__":
+    README.write_text(with_section(README.read_text(), section(json.loads(RESULT.read_text()))))
