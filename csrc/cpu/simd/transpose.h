@@ -8,12 +8,23 @@
 
 namespace deepsim::cpu::DEEPSIM_CAPABILITY {
 
+// Lanes of a and b, numbered through, in the order given.
+template <int... kLane, class V>
+DEEPSIM_INLINE V shuffle(V a, V b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, kLane...);
+#else  // GCC has the other only from 12 on
+  using Lanes = decltype(a < b);
+  return __builtin_shuffle(a, b, Lanes{kLane...});
+#endif
+}
+
 // Exchanges the off-diagonal kHalf x kHalf blocks of every 2 kHalf x 2 kHalf block pair held in a and b.
 template <int kHalf, class V, int... kLane>
 DEEPSIM_INLINE void exchange(V& a, V& b, std::integer_sequence<int, kLane...>) {
   constexpr int W = sizeof...(kLane);
-  const V low = __builtin_shufflevector(a, b, ((kLane & kHalf) ? W + kLane - kHalf : kLane)...);
-  b = __builtin_shufflevector(a, b, ((kLane & kHalf) ? W + kLane : kLane + kHalf)...);
+  const V low = shuffle<((kLane & kHalf) ? W + kLane - kHalf : kLane)...>(a, b);
+  b = shuffle<((kLane & kHalf) ? W + kLane : kLane + kHalf)...>(a, b);
   a = low;
 }
 
