@@ -28,13 +28,15 @@ namespace {
 // Rows are numbered in int32, and the gradient keeps two uses of each.
 constexpr int64_t kMostRows = int64_t(1) << 30;
 
+void check_rows(const char* function, const char* argument, const at::Tensor& x) {
+  check_floating(function, argument, x, 2);
+  TORCH_CHECK_VALUE(x.size(1) >= 1, function, ": ", argument, " must have at least one column, got shape ", x.sizes());
+  TORCH_CHECK_VALUE(x.size(0) < kMostRows, function, ": ", argument, " must have fewer than 2^30 rows, got ", x.size(0));
+}
+
 void check_set(const char* function, const char* embeddings_name, const char* labels_name, const at::Tensor& embeddings,
                const at::Tensor& labels) {
-  check_floating(function, embeddings_name, embeddings, 2);
-  TORCH_CHECK_VALUE(embeddings.size(1) >= 1, function, ": ", embeddings_name, " must have at least one column, got shape ",
-                    embeddings.sizes());
-  TORCH_CHECK_VALUE(embeddings.size(0) < kMostRows, function, ": ", embeddings_name, " must have fewer than 2^30 rows, got ",
-                    embeddings.size(0));
+  check_rows(function, embeddings_name, embeddings);
   check_like(function, labels_name, labels, at::kLong, embeddings.device(), {embeddings.size(0)});
 }
 
@@ -55,15 +57,14 @@ void check_backward(const at::Tensor& grad_loss, const at::Tensor& embeddings, c
                     const at::Tensor& positives, const at::Tensor& negatives, const at::Tensor& d_ap, const at::Tensor& d_an,
                     Reduction reduction) {
   constexpr const char* function = "batch_hard_triplet_loss_backward";
-  check_floating(function, "embeddings", embeddings, 2);
+  check_rows(function, "embeddings", embeddings);
   const at::Device device = embeddings.device();
   if (ref_embeddings) {
-    check_floating(function, "ref_embeddings", *ref_embeddings, 2);
+    check_rows(function, "ref_embeddings", *ref_embeddings);
     check_like(function, "ref_embeddings", *ref_embeddings, embeddings.scalar_type(), device,
                {ref_embeddings->size(0), embeddings.size(1)});
   }
   const int64_t anchors = embeddings.size(0);
-  TORCH_CHECK_VALUE(anchors < kMostRows, function, ": embeddings must have fewer than 2^30 rows, got ", anchors);
   const at::ScalarType type = compute_type(embeddings.scalar_type());
   check_like(function, "positives", positives, at::kInt, device, {anchors});
   check_like(function, "negatives", negatives, at::kInt, device, {anchors});

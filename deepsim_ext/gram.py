@@ -137,7 +137,8 @@ def _save_for_gram_double_backward(ctx: Any, inputs: tuple[Any, ...], output: Te
 def _gram_double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     # scale * (dG + dG^T) F is linear in each: the gradient by F is the op again, that by dG a product.
     grad_gram, features = ctx.saved_tensors
-    product = grad.to(grad_gram.dtype) @ features.to(grad_gram.dtype).mT
+    with torch.autocast(features.device.type, enabled=False):  # which would round the factors to half
+        product = grad.to(grad_gram.dtype) @ features.to(grad_gram.dtype).mT
     by_grad_gram = (product + product.mT) / _divisor(features, *ctx.normalization)
     return by_grad_gram, _gram_gradient(grad_gram, grad, *ctx.normalization), None, None
 

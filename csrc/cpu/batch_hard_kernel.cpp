@@ -251,13 +251,13 @@ struct TripletLoss {
 
   T value(T d_ap, T d_an) const {
     const T z = d_ap - d_an;
-    if (soft) return std::max(z, T(0)) + std::log1p(std::exp(-std::abs(z))) + (z - z);  // z - z: NaN stays NaN
-    return z + margin > 0 ? z + margin : (z + margin) * 0;
+    if (soft) return std::log1p(std::exp(-std::abs(z))) + (z < 0 ? T(0) : z);
+    return z + margin <= 0 ? T(0) : z + margin;  // NaN stays NaN
   }
   T derivative(T d_ap, T d_an) const {
     const T z = d_ap - d_an;
     if (soft) return 1 / (1 + std::exp(-z));
-    return z + margin > 0 ? T(1) : (z + margin) * 0;
+    return z + margin <= 0 ? T(0) : z + margin > 0 ? T(1) : z;
   }
 };
 
