@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch  # noqa: F401  (loads the libraries that the compiled module is linked against)
+
 try:
-    from . import _C
+    from ._C import build_info
 except ImportError as error:
     raise ImportError(
         "deepsim_ext: the compiled module deepsim_ext._C could not be loaded"
@@ -27,5 +29,3 @@ __all__ = [
     "reference",
     *functional.__all__,
 ]
-
-build_info = _C.build_info

@@ -162,8 +162,10 @@ def _style_backward(ctx: Any, grad_loss: Tensor | None, grad_residual: Tensor | 
     if grad_loss is not None:
         b, c, n = features.shape
         factor = {"mean": 1 / (b * c * c), "sum": 1.0, "gatys": 1 / (4 * c * c * n * n)}[ctx.reduction]
-        slope = 2 * residual if ctx.distance == "l2" else residual.sign()
-        grad_gram = (factor * grad_loss) * slope
+        if ctx.distance == "l2":
+            grad_gram = (2 * factor * grad_loss) * residual
+        else:
+            grad_gram = (factor * grad_loss) * residual.sign()
         grad_gram = grad_gram if grad_residual is None else grad_gram + grad_residual
     if grad_gram is None:
         return (None,) * 6

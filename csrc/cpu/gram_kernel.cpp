@@ -17,10 +17,13 @@
 namespace deepsim::cpu {
 namespace {
 
-// Slices are cut by shape alone, so that sums come out the same for any number of threads. Few enough that their partial
+// Slices are cut by shape alone, so that sums come out the same for any number of threads: few enough that their partial
 // tiles cost little beside the products, many enough to share out.
-constexpr int64_t kPositionsPerSlice = 512;
-constexpr int64_t kMostSlices = 64;
+int64_t slices_of(int64_t batch, int64_t positions) {
+  constexpr int64_t kLong = 512, kShort = 128, kFew = 4, kMost = 64;
+  const int64_t slices = std::max(positions / kLong, std::min(kFew, positions / kShort));
+  return std::clamp<int64_t>(slices, 1, std::max<int64_t>(1, kMost / batch));
+}
 
 // How many of the items that take `work` multiplications each are worth waking a thread for.
 int64_t grain(int64_t work) { return std::max<int64_t>(1, 262144 / std::max<int64_t>(1, work)); }
@@ -43,7 +46,7 @@ template <class T>
 PartialTiles<T> partial_tiles(const Kernels<T>& kernels, const at::Tensor& features) {
   const int64_t batch = features.size(0), channels = features.size(1), positions = features.size(2);
   PartialTiles<T> p;
-  p.slices = std::clamp<int64_t>(positions / kPositionsPerSlice, 1, std::max<int64_t>(1, kMostSlices / batch));
+  p.slices = slices_of(batch, positions);
   p.panels = (channels + kernels.panel_rows - 1) / kernels.panel_rows;
   p.tiles = p.panels * (p.panels + 1) / 2;
   p.tile_size = kernels.panel_rows * kernels.panel_rows;
@@ -67,15 +70,15 @@ PartialTiles<T> partial_tiles(const Kernels<T>& kernels, const at::Tensor& featu
   return p;
 }
 
-// Adds up the slices of every tile in order and hands each element of the full matrix to `element(sample, row, column, sum,
-// chain)`, (i, j) and (j, i) both; returns the sum of what it returns, in a fixed order.
-template <class T, class Element>
-double reduce_tiles(const Kernels<T>& kernels, const PartialTiles<T>& p, int64_t batch, int64_t channels, Element element) {
+// Adds up the slices of every tile in order and hands the rows of the full matrix, a tile's width at a time and those below
+// the diagonal too, to `run(sample, row, first column, products, count)`; returns the sum of what it returns, in a fixed order.
+template <class T, class Run>
+double reduce_tiles(const Kernels<T>& kernels, const PartialTiles<T>& p, int64_t batch, int64_t channels, Run run) {
   const int64_t width = kernels.panel_rows;
   std::vector<double> sums(batch * p.tiles);
   const T* tiles = p.buffer.template const_data_ptr<T>();
   at::parallel_for(0, batch * p.tiles, grain(p.tile_size * (p.slices + 8)), [&](int64_t begin, int64_t end) {
-    std::vector<T> total(p.tile_size);
+    std::vector<T> total(p.tile_size), transposed(p.tile_size);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / p.tiles, tile = item % p.tiles;
       int64_t i = 0, j = tile;
@@ -85,14 +88,14 @@ double reduce_tiles(const Kernels<T>& kernels, const PartialTiles<T>& p, int64_t
         const T* part = tiles + ((b * p.slices + s) * p.tiles + tile) * p.tile_size;
         for (int64_t e = 0; e < p.tile_size; ++e) total[e] = s == 0 ? part[e] : total[e] + part[e];
       }
+      const int64_t first_row = i * width, rows = std::min(width, channels - first_row);
+      const int64_t first_column = j * width, columns = std::min(width, channels - first_column);
       double sum = 0;
-      for (int64_t r = i * width; r < std::min((i + 1) * width, channels); ++r) {
-        // A tile on the diagonal holds both halves; their bits agree, so either may be written.
-        for (int64_t c = i == j ? r : j * width; c < std::min((j + 1) * width, channels); ++c) {
-          const T value = total[(r - i * width) * width + (c - j * width)];
-          sum += element(b, r, c, value);
-          if (r != c) sum += element(b, c, r, value);
-        }
+      for (int64_t r = 0; r < rows; ++r) sum += run(b, first_row + r, first_column, &total[r * width], columns);
+      if (i != j) {  // a tile on the diagonal holds both halves, in the same bits
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t c = 0; c < columns; ++c) transposed[c * width + r] = total[r * width + c];
+        for (int64_t c = 0; c < columns; ++c) sum += run(b, first_column + c, first_row, &transposed[c * width], rows);
       }
       sums[item] = sum;
     }
@@ -112,10 +115,12 @@ at::Tensor gram_matrix(const at::Tensor& features, std::string_view normalize, d
     using T = typename std::decay_t<decltype(kernels)>::Compute;
     at::Tensor gram = at::empty({batch, channels, channels}, f.options().dtype(c10::CppTypeToScalarType<T>::value));
     T* out = gram.template mutable_data_ptr<T>();
-    reduce_tiles(kernels, partial_tiles(kernels, f), batch, channels, [&](int64_t b, int64_t r, int64_t c, T product) {
-      out[(b * channels + r) * channels + c] = T(scale) * product;
+    const auto run = [&](int64_t b, int64_t row, int64_t column, const T* products, int64_t count) {
+      T* to = out + (b * channels + row) * channels + column;
+      for (int64_t k = 0; k < count; ++k) to[k] = T(scale) * products[k];
       return 0.0;
-    });
+    };
+    reduce_tiles(kernels, partial_tiles(kernels, f), batch, channels, run);
     return gram;
   });
 }
@@ -135,15 +140,47 @@ std::tuple<at::Tensor, at::Tensor> style_loss(const at::Tensor& features, const 
     at::Tensor residual = at::empty({batch, channels, channels}, options), loss = at::empty({}, options);
     T* out = residual.template mutable_data_ptr<T>();
     const T* goal = a.template const_data_ptr<T>();
-    const double sum =
-        reduce_tiles(kernels, partial_tiles(kernels, f), batch, channels, [&](int64_t b, int64_t r, int64_t c, T product) {
-          const T d = T(scale) * product - goal[b * target_stride + r * channels + c];
-          out[(b * channels + r) * channels + c] = d;
-          return squared ? double(d) * double(d) : std::abs(double(d));
-        });
+    const auto run = [&](int64_t b, int64_t row, int64_t column, const T* products, int64_t count) {
+      const int64_t offset = row * channels + column;
+      T* to = out + b * channels * channels + offset;
+      const T* from = goal + b * target_stride + offset;
+      for (int64_t k = 0; k < count; ++k) to[k] = T(scale) * products[k] - from[k];
+      double sum = 0;
+      for (int64_t k = 0; k < count; ++k) sum += squared ? double(to[k]) * double(to[k]) : std::abs(double(to[k]));
+      return sum;
+    };
+    const double sum = reduce_tiles(kernels, partial_tiles(kernels, f), batch, channels, run);
     *loss.template mutable_data_ptr<T>() = T(factor * sum);
     return std::make_tuple(loss, residual);
   });
+}
+
+// scale * (g + g^T) of every sample, square by square. A square of g^T is copied out first: its rows lie a power of two bytes
+// apart and would evict each other if they were read down a column each time.
+template <class T>
+at::Tensor symmetrised(const at::Tensor& g, double scale) {
+  constexpr int64_t kSide = 32;
+  const int64_t channels = g.size(1), squares = (channels + kSide - 1) / kSide;
+  at::Tensor result = at::empty_like(g);
+  const T* from = g.const_data_ptr<T>();
+  T* to = result.mutable_data_ptr<T>();
+  at::parallel_for(0, g.size(0) * squares, grain(8 * kSide * channels), [&](int64_t begin, int64_t end) {
+    T transposed[kSide][kSide];
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t sample = item / squares * channels * channels, row = item % squares * kSide;
+      const int64_t rows = std::min(kSide, channels - row);
+      for (int64_t column = 0; column < channels; column += kSide) {
+        const int64_t columns = std::min(kSide, channels - column);
+        for (int64_t c = 0; c < columns; ++c)
+          for (int64_t r = 0; r < rows; ++r) transposed[r][c] = from[sample + (column + c) * channels + row + r];
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t offset = sample + (row + r) * channels + column;
+          for (int64_t c = 0; c < columns; ++c) to[offset + c] = T(scale) * (from[offset + c] + transposed[r][c]);
+        }
+      }
+    }
+  });
+  return result;
 }
 
 // Positions of 16-bit features that are widened, multiplied and rounded at a time.
@@ -155,7 +192,8 @@ at::Tensor gram_matrix_backward(const at::Tensor& grad_gram, const at::Tensor& f
   check_features(function, features);
   check_grad_gram(function, grad_gram, features);
   const double scale = gram_scale(function, features, normalize, divisor);
-  const at::Tensor symmetric = at::add(grad_gram, grad_gram.transpose(1, 2)).mul_(scale);
+  const at::Tensor g = grad_gram.contiguous();
+  const at::Tensor symmetric = g.scalar_type() == at::kDouble ? symmetrised<double>(g, scale) : symmetrised<float>(g, scale);
   at::Tensor grad = empty_like_in_huge_pages(features);
   // Written through whichever of grad and its transpose is contiguous: one product, no temporary.
   const bool transposed = !grad.is_contiguous();
