@@ -1,0 +1,31 @@
+// Embedding rows between torch and the kernels.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "kernels.h"
+
+namespace deepsim::cpu {
+
+inline at::Tensor with_adjacent_columns(const at::Tensor& x) {
+  return x.size(1) == 1 || x.stride(1) == 1 ? x : x.contiguous();
+}
+
+inline Rows rows_of(const at::Tensor& x) { return {x.const_data_ptr(), x.size(0), x.size(1), x.stride(0)}; }
+
+// Rows of `depth` elements that are worth waking a thread for.
+inline int64_t row_grain(int64_t depth) { return std::max<int64_t>(1, 16384 / depth); }
+
+template <class T>
+std::vector<double> inverse_norms(const Kernels<T>& kernels, const Rows& x) {
+  std::vector<double> scale(x.count);
+  at::parallel_for(0, x.count, row_grain(x.depth),
+                   [&](int64_t begin, int64_t end) { kernels.inverse_norms(x, begin, end, scale.data()); });
+  return scale;
+}
+
+}  // namespace deepsim::cpu
