@@ -24,10 +24,10 @@ def section(result: dict[str, Any]) -> str:
     where = result["environment"]
     return "\n".join(
         [
-            f"Forward + backward, float32, {where['cpu']}, {where['threads']} threads, torch {where['torch']}."
-            " Medians of interleaved runs in one process. *mm* is one `torch.mm(X, X.T)`, for the style loss the"
-            " products `F @ F.T` of all layers. *× faster* is against each rival. *MiB* is the peak beyond the"
-            " input, gradient included.",
+            f"Forward + backward, float32, {where['cpu']}, {where['threads']} threads,"
+            f" torch {where['torch']}. Medians of interleaved runs in one process. *mm* is one"
+            " `torch.mm(X, X.T)`, for the style loss the products `F @ F.T` of all layers. *× faster* is"
+            " against each rival. *MiB* is the peak beyond the input, gradient included.",
             "",
             *_table(result["records"], "batch_hard", BATCH_HARD_CASES, BATCH_HARD_RIVALS),
             "",

