@@ -87,7 +87,7 @@ def batch_hard_triplet_loss(
         Scalar, or [N] for "none"; float32, or float64 for float64 input. Half inputs are computed in float32,
         their gradients come in the input's dtype. Gradients flow into both embeddings, to any order; that of
         a Euclidean distance is 0 at 0, and that of a cosine distance is 0 at a zero vector. A NaN or inf in
-        an embedding makes the loss NaN.
+        an embedding makes the loss NaN, and so do rows too long for their squares (1e18 in float32).
 
     Raises:
         TypeError: an argument of the wrong Python type or dtype.

@@ -171,6 +171,15 @@ def test_a_nan_or_inf_makes_the_loss_nan(dtype, bad, where):
         assert [len(t) for t in batch_hard_mine(*sets, distance=distance)] == [0, 0, 0]
 
 
+@pytest.mark.parametrize("scale", [3e18, 1.2e19, 1e30])
+def test_rows_too_long_to_be_squared_are_never_a_silent_number(scale):
+    x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0)) * scale
+    labels = torch.arange(6) // 2
+    loss = batch_hard_triplet_loss(x, labels).double()
+    assert loss.isnan() or torch.allclose(loss, reference.batch_hard_triplet_loss(x.double(), labels))
+    assert batch_hard_triplet_loss(x / scale * 1e17, labels).isfinite()
+
+
 def test_selection_is_right_where_the_gram_form_cancels():
     """Unit-scale points 100 away from the origin: |a|^2 + |b|^2 - 2ab has errors of 1e-2 there in float32."""
     g = torch.Generator().manual_seed(5)

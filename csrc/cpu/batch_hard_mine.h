@@ -11,7 +11,7 @@ namespace deepsim::cpu {
 
 struct Mined {
   at::Tensor positives, negatives;  // [N] int32, -1 where the anchor is not valid
-  bool finite;                      // false: a NaN or inf somewhere, nothing was chosen
+  bool finite;                      // false: a NaN, inf or overflow somewhere, nothing was chosen
 };
 
 // Arguments as check_batch leaves them, elements of a row adjacent.

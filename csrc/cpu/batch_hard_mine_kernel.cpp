@@ -78,9 +78,11 @@ std::vector<double> column_means(const Kernels<T>& kernels, const Rows& x, const
   return mean;
 }
 
-template <class Container>
-bool all_finite(const Container& values, int64_t count) {
-  return std::all_of(values.begin(), values.begin() + count, [](auto v) { return std::isfinite(v); });
+// False for a NaN or inf in the rows, and for rows so long (1e18 in float32) that |a - b|^2 / 2 could overflow.
+template <class T>
+bool can_be_compared(const PackedPoints<T>& p) {
+  const T limit = std::numeric_limits<T>::max() / 8;
+  return std::all_of(p.half_norm.begin(), p.half_norm.begin() + p.count, [limit](T h) { return h < limit; });
 }
 
 template <class T>
@@ -192,7 +194,6 @@ Mined mine(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& lab
     const std::vector<double> anchor_center = column_means(kernels, anchors, row_scale);
     for (int64_t k = 0; k < anchors.depth; ++k) center[k] = (center[k] + anchor_center[k]) / 2;
   }
-  bool finite = all_finite(center, anchors.depth);
 
   // A zero row has cosine 0 with every row: with |.|^2 / 2 set to 1/2 throughout, 1/2 + 1/2 - 0 says so, as long as the rows
   // are not shifted. (The largest centred squared norm is then near 1, so centring would gain nothing.)
@@ -207,8 +208,8 @@ Mined mine(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& lab
   PackedPoints<T> rows = pack(kernels, anchors, sorted.order, center, std::move(row_scale));
   PackedPoints<T> ref_rows;
   if (ref) ref_rows = pack(kernels, references, ref_sorted.order, center, std::move(ref_scale));
+  const bool finite = can_be_compared(rows) && (!ref || can_be_compared(ref_rows));
   for (PackedPoints<T>* p : {&rows, ref ? &ref_rows : &rows}) {
-    finite = finite && all_finite(p->half_norm, p->count);
     if (zero_rows) std::fill_n(p->half_norm.begin(), p->count, T(0.5));
   }
 

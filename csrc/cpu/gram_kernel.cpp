@@ -183,8 +183,8 @@ at::Tensor symmetrised(const at::Tensor& g, double scale) {
   return result;
 }
 
-// Positions of 16-bit features that are widened, multiplied and rounded at a time.
-constexpr int64_t kHalfPositions = 16384;
+// Positions of 16-bit features that are widened, multiplied and rounded at a time: 1 MiB of float32 in, as much out.
+int64_t positions_at_a_time(int64_t channels) { return std::max<int64_t>(64, 262144 / channels); }
 
 at::Tensor gram_matrix_backward(const at::Tensor& grad_gram, const at::Tensor& features, std::string_view normalize,
                                 double divisor) {
@@ -209,8 +209,9 @@ at::Tensor gram_matrix_backward(const at::Tensor& grad_gram, const at::Tensor& f
     product(features, grad);
     return grad;
   }
-  for (int64_t n = 0; n < features.size(2); n += kHalfPositions) {
-    const int64_t length = std::min(kHalfPositions, features.size(2) - n);
+  const int64_t step = positions_at_a_time(features.size(1));
+  for (int64_t n = 0; n < features.size(2); n += step) {
+    const int64_t length = std::min(step, features.size(2) - n);
     const at::Tensor f = features.narrow(2, n, length).to(symmetric.scalar_type());
     grad.narrow(2, n, length).copy_(at::bmm(symmetric, f));
   }
