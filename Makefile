@@ -24,8 +24,10 @@ lint: $(VENV)/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Threads stay on cores of their own: left to the scheduler, two of them at times share one for a whole run.
 bench: $(VENV)/built
-	$(BIN)/python -m benchmarks.run
+	OMP_PROC_BIND=true OMP_PLACES=cores $(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.readme
 
 clean:
 	rm -rf $(VENV) build deepsim_ext/_C*.so

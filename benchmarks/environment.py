@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+import deepsim_ext
+
 
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
@@ -44,11 +46,12 @@ def environment() -> dict[str, str | int | float]:
         "cpu": _cpu_model(),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_kernels": deepsim_ext.build_info()["cpu_capability"],
+        "omp_proc_bind": os.environ.get("OMP_PROC_BIND", "not set"),
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "deepsim_ext": _version("deepsim_ext"),
+        "deepsim_ext": deepsim_ext.__version__,
         "pytorch_metric_learning": _version("pytorch-metric-learning"),
         "system": platform.platform(),
         "commit": _git_commit(),
