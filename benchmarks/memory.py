@@ -9,45 +9,17 @@ ru_maxrss stands in, which misses what an earlier peak hides.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import importlib
 import json
-import resource
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
+
+from deepsim_ext.demo.memory import peak_of_call
 
 from .timing import Contender, Record
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def _status_bytes(field: str) -> int:
-    return 1024 * int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
-
-
-def _max_rss() -> int:
-    # KiB on Linux, bytes on macOS
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def peak_of_call(call: Callable[[], object]) -> int:
-    """Bytes by which the resident set of this process grows at most while `call` runs."""
-    gc.collect()
-    # Free memory that glibc keeps resident would serve the call unseen.
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        before = _max_rss()
-        call()
-        return _max_rss() - before
-    before = _status_bytes("VmRSS")
-    call()
-    return _status_bytes("VmHWM") - before
 
 
 def peak_in_subprocess(probe: str, *arguments: str | int) -> int:
@@ -79,5 +51,4 @@ def memory_record(contender: Contender, accounted: int, probe: str, *arguments: 
 if __name__ == "__main__":
     module, function = sys.argv[1].split(":")
     measured, warm_up = getattr(importlib.import_module(module), function)(*sys.argv[2:])
-    warm_up()
-    print(json.dumps(peak_of_call(measured)))
+    print(json.dumps(peak_of_call(measured, warm_up)))

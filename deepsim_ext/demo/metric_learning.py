@@ -51,7 +51,7 @@ REQUIRED_ACCURACY, REQUIRED_GAIN = 0.9, 0.03
 LARGE_BATCH = 4096
 
 # float64 rounds at 1e-16. On the same embeddings that is what remains. Over 500 steps of two runs it grows to
-# some 1e-10, while a gradient off by 0.1 % is beyond the tolerance within forty steps.
+# some 1e-10, while a gradient that leaves out one row is beyond the tolerance within forty steps.
 SAME_EMBEDDINGS_TOLERANCE = 1e-12
 CURVES_TOLERANCE = 1e-6
 

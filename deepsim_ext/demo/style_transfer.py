@@ -203,7 +203,7 @@ def _plot_result(
     apart = relative_differences(losses, reference_losses)
     differences.semilogy(np.maximum(apart, 1e-8), color="tab:red", label="total loss of the two transfers")
     differences.semilogy(np.maximum(along, 1e-8), color="tab:green", label="style loss on the same features")
-    differences.set(xlabel="evaluation", title="Relative difference", ylim=(5e-9, 1))
-    differences.legend(loc="center right")
+    differences.set(xlabel="evaluation", title="Relative difference", ylim=(5e-9, 50))
+    differences.legend(loc="upper left")
     figure.savefig(output / "style_transfer.png", dpi=120)
     return "style_transfer.png"
