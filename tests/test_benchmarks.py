@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import deepsim_ext
-from benchmarks import bench_batch_hard, bench_style, memory, run, timing
+from benchmarks import bench_batch_hard, bench_style, memory, readme, run, timing
 from benchmarks.report import Bar
 from benchmarks.timing import Contender, Inputs, relative_errors, value_and_gradients
 
@@ -215,3 +215,10 @@ def test_quick_run_writes_results(tmp_path, capsys):
         "cpu-quick-batch_hard_batch_hard_time.png",
         "cpu-quick-batch_hard_batch_hard_memory.png",
     }
+
+
+def test_the_figures_in_the_readme_are_those_of_the_record():
+    result = json.loads(readme.RESULT.read_text())
+    text = readme.README.read_text()
+    assert readme.with_section(text, readme.section(result)) == text
+    assert all(bar["status"] != "not measured" for bar in result["bars"])
