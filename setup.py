@@ -1,7 +1,7 @@
 """Builds deepsim_ext._C from csrc/ against the installed torch.
 
-DEEPSIM_CUDA=auto (default) builds the CUDA kernels where nvcc is found, 0 leaves them out, 1 makes their
-absence an error.
+DEEPSIM_CUDA=auto (default) builds CUDA kernels where there are any and nvcc is found, 0 leaves them out, 1
+makes their absence an error. This version has none yet.
 """
 
 from __future__ import annotations

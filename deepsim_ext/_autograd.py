@@ -39,6 +39,8 @@ def register_vmap_by_loop(op: str) -> None:
     overload = getattr(torch.ops.deepsim_ext, op).default
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        if info.batch_size == 0:
+            raise ValueError(f"{op}: torch.vmap needs at least one sample, got a batch of 0")
         results = [
             overload(*(a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True)))
             for i in range(info.batch_size)

@@ -32,14 +32,13 @@ def batch_hard_mine(
         labels: int64 [N].
         ref_embeddings, ref_labels: [M, D] and int64 [M], the rows to choose from; dtype of `embeddings`
             (under autocast a mix goes to the widest). None, or `embeddings` itself: choose from the batch,
-            where no anchor is its own positive; `ref_labels` then has no effect. (Under torch.vmap leave them
-            out: it hides that both are the same tensor.)
+            where no anchor is its own positive; `ref_labels` then has no effect.
         distance: "euclidean", "sqeuclidean" or "cosine" (1 - cos; a zero vector is at distance 1 from all).
 
     Returns:
         (anchors, positives, negatives): int64 of one length, anchors ascending, only those that have both.
         Identical rows: the lowest index. With a NaN or inf in the embeddings nothing is chosen.
-        The length depends on the values, so on a GPU this call, unlike the loss, waits for the device.
+        Their length depends on the values, so torch.vmap cannot batch this call.
 
     Raises:
         TypeError: an argument of the wrong Python type or dtype.
@@ -72,11 +71,12 @@ def batch_hard_triplet_loss(
     Triplet Loss for Person Re-Identification" (2017), eq. 5; the soft margin is of its section 2.
 
     Tiles of distances only choose the triplets; the chosen distances are then computed again as direct
-    differences, so loss and gradient are exact to rounding. The same bits come out of every run, for any
-    number of threads.
+    differences, so loss and gradient are exact to rounding. Both, and the choice, come out in the same bits
+    from every run, for any number of threads.
 
     Args:
-        embeddings, labels, ref_embeddings, ref_labels, distance: as in `batch_hard_mine`.
+        embeddings, labels, ref_embeddings, ref_labels, distance: as in `batch_hard_mine`. (Under torch.vmap leave
+            the references out for the self form: it hides that two arguments are the same tensor.)
         margin: finite, >= 0, in units of the distance; not used when `soft`.
         soft: the soft margin.
         reduction: "mean" over valid anchors, "mean_nonzero" over anchors whose loss is > 0, "sum", or "none"
@@ -107,7 +107,8 @@ def batch_hard_triplet_loss(
     valid = positives >= 0
     valid_anchors = valid.sum()
     count = valid_anchors.clamp(min=1).to(d_ap.dtype)
-    active = valid if soft else valid & (d_ap - d_an + margin > 0)
+    gap = d_ap - d_an
+    active = valid & ((torch.nn.functional.softplus(gap, threshold=40) if soft else gap + margin) > 0)
     return BatchHardResult(
         loss=loss,
         valid_anchors=valid_anchors,
@@ -164,12 +165,12 @@ def _loss_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
 
 def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     grad_loss, embeddings, ref_embeddings, positives, negatives, d_ap, d_an, *ctx.options = inputs
-    ctx.save_for_backward(grad_loss, embeddings, ref_embeddings, positives, negatives)
+    ctx.save_for_backward(grad_loss, embeddings, ref_embeddings, positives, negatives, d_ap)
 
 
 def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     """Gradient of the gradient, by torch's own autograd of the loss of the chosen triplets."""
-    grad_loss, embeddings, ref_embeddings, positives, negatives = ctx.saved_tensors
+    grad_loss, embeddings, ref_embeddings, positives, negatives, d_ap = ctx.saved_tensors
     margin, soft, distance, reduction = ctx.options
     sets = (embeddings,) if ref_embeddings is None else (embeddings, ref_embeddings)
 
@@ -183,7 +184,9 @@ def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         return torch.func.vjp(loss, *sets)[1](grad_loss)
 
     _, pull_back = torch.func.vjp(gradient, grad_loss, *sets)
-    grad_grad_loss, grad_x, *grad_ref = pull_back(grads[: len(sets)])
+    # Where the op found the rows too long to be compared, torch sees no triplets and would say 0.
+    poison = torch.where(d_ap.isnan().any(), torch.nan, 0.0)
+    grad_grad_loss, grad_x, *grad_ref = (g + poison.to(g.dtype) for g in pull_back(grads[: len(sets)]))
     return grad_grad_loss, grad_x, grad_ref[0] if grad_ref else None, *(None,) * 8
 
 

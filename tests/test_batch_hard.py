@@ -178,6 +178,10 @@ def test_rows_too_long_to_be_squared_are_never_a_silent_number(scale):
     loss = batch_hard_triplet_loss(x, labels).double()
     assert loss.isnan() or torch.allclose(loss, reference.batch_hard_triplet_loss(x.double(), labels))
     assert batch_hard_triplet_loss(x / scale * 1e17, labels).isfinite()
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(batch_hard_triplet_loss(x, labels), x, create_graph=True)
+    if loss.isnan():
+        assert torch.autograd.grad(gradient.sum(), x)[0].isnan().all()
 
 
 def test_selection_is_right_where_the_gram_form_cancels():
@@ -247,6 +251,14 @@ def test_statistics_are_detached_and_right():
     assert result.mean_d_an.item() == 2.5
     assert result.loss.item() == 0.25
     assert not any(t.requires_grad for t in result[1:])
+
+
+def test_soft_losses_that_vanish_are_not_active():
+    x = torch.tensor([[0.0], [0.1], [500.0], [500.1]])
+    for f in (batch_hard_triplet_loss, reference.batch_hard_triplet_loss):
+        result = f(x, torch.tensor([0, 0, 1, 1]), soft=True, return_stats=True)
+        assert result.loss.item() == 0
+        assert result.active_fraction.item() == 0
 
 
 def test_softplus_neither_overflows_nor_vanishes():

@@ -61,6 +61,7 @@ def gram_digests() -> Iterator[tuple[str, list[str]]]:
         ("few positions", (1, 200, 3000)),
         ("batch of pictures", (3, 24, 37, 41)),
         ("more channels than positions", (1, 512, 12, 12)),
+        ("deep picture, where BLAS would cut the depth by threads", (1, 1024, 7, 7)),
     )
     for name, shape in shapes:
         for dtype in DTYPES:

@@ -165,6 +165,20 @@ def test_autocast_in_backward_of_backward():
     torch.testing.assert_close(gg, torch.autograd.grad(g.square().sum(), f)[0])
 
 
+def test_autocast_in_backward_leaves_the_gradient_of_half_features_alone():
+    f = torch.randn(1, 8, 5000).half().requires_grad_()
+    loss = gram_matrix(f, normalize="hw").square().sum()
+    (outside,) = torch.autograd.grad(loss, f, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (inside,) = torch.autograd.grad(loss, f)
+    assert torch.equal(inside, outside)
+
+
+def test_vmap_over_nothing_is_a_clear_error():
+    with pytest.raises(ValueError, match="gram_matrix: torch.vmap needs at least one sample"):
+        torch.vmap(gram_matrix)(torch.randn(0, 2, 3, 4))
+
+
 def test_gradient_scaler():
     x, labels = batch(16)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)

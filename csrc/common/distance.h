@@ -1,4 +1,4 @@
-// The distances between embedding rows, named as SciPy names them. No torch header: CPU and CUDA kernels share this.
+// The distances between embedding rows, named as SciPy names them. No torch header: it is for device code too.
 #pragma once
 
 namespace deepsim {

@@ -1,4 +1,4 @@
-// The loss of one triplet and its slope. No torch header: CPU and CUDA kernels share this.
+// The loss of one triplet and its slope. No torch header: it is for device code too.
 #pragma once
 
 #include <cmath>

@@ -42,6 +42,17 @@ at::Tensor with_adjacent_axis(const at::Tensor& features) {
   return positions || channels ? features : features.contiguous();
 }
 
+// Positions [begin, end) of sample b, from a tensor with an adjacent axis.
+FeatureSlice feature_slice(const at::Tensor& features, int64_t b, int64_t begin, int64_t end) {
+  const bool adjacent_positions = features.stride(2) == 1 || features.size(2) == 1;
+  return {static_cast<const char*>(features.const_data_ptr()) + b * features.stride(0) * features.element_size(),
+          features.size(1),
+          begin,
+          end,
+          adjacent_positions ? features.stride(1) : 1,
+          adjacent_positions ? 1 : features.stride(2)};
+}
+
 template <class T>
 PartialTiles<T> partial_tiles(const Kernels<T>& kernels, const at::Tensor& features) {
   const int64_t batch = features.size(0), channels = features.size(1), positions = features.size(2);
@@ -52,18 +63,11 @@ PartialTiles<T> partial_tiles(const Kernels<T>& kernels, const at::Tensor& featu
   p.tile_size = kernels.panel_rows * kernels.panel_rows;
   p.buffer = at::empty({batch * p.slices * p.tiles * p.tile_size}, features.options().dtype(c10::CppTypeToScalarType<T>::value));
   T* tiles = p.buffer.template mutable_data_ptr<T>();
-  const char* data = static_cast<const char*>(features.const_data_ptr());
-  const bool adjacent_positions = features.stride(2) == 1 || positions == 1;
   at::parallel_for(0, batch * p.slices, grain(p.tiles * p.tile_size * (positions / p.slices)), [&](int64_t begin, int64_t end) {
     std::vector<T> packed(kernels.gram_scratch(channels));
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / p.slices, s = item % p.slices;
-      const FeatureSlice slice{data + b * features.stride(0) * features.element_size(),
-                               channels,
-                               positions * s / p.slices,
-                               positions * (s + 1) / p.slices,
-                               adjacent_positions ? features.stride(1) : 1,
-                               adjacent_positions ? 1 : features.stride(2)};
+      const FeatureSlice slice = feature_slice(features, b, positions * s / p.slices, positions * (s + 1) / p.slices);
       kernels.gram(slice, packed.data(), tiles + item * p.tiles * p.tile_size);
     }
   });
@@ -155,27 +159,29 @@ std::tuple<at::Tensor, at::Tensor> style_loss(const at::Tensor& features, const 
   });
 }
 
-// scale * (g + g^T) of every sample, square by square. A square of g^T is copied out first: its rows lie a power of two bytes
-// apart and would evict each other if they were read down a column each time.
+// scale * (g + g^T) of every sample, packed as Kernels::gram_gradient reads it. A square of g is copied out transposed first:
+// its rows lie a power of two bytes apart and would evict each other if they were read down a column each time.
 template <class T>
-at::Tensor symmetrised(const at::Tensor& g, double scale) {
-  constexpr int64_t kSide = 32;
-  const int64_t channels = g.size(1), squares = (channels + kSide - 1) / kSide;
-  at::Tensor result = at::empty_like(g);
+at::Tensor packed_symmetric(const Kernels<T>& kernels, const at::Tensor& g, double scale) {
+  constexpr int64_t kMostRows = 64;
+  const int64_t width = kernels.panel_rows, channels = g.size(1), panels = (channels + width - 1) / width;
+  TORCH_INTERNAL_ASSERT(width <= kMostRows);
+  at::Tensor result = at::zeros({g.size(0), panels, channels, width}, g.options());
   const T* from = g.const_data_ptr<T>();
   T* to = result.mutable_data_ptr<T>();
-  at::parallel_for(0, g.size(0) * squares, grain(8 * kSide * channels), [&](int64_t begin, int64_t end) {
-    T transposed[kSide][kSide];
+  at::parallel_for(0, g.size(0) * panels, grain(8 * width * channels), [&](int64_t begin, int64_t end) {
+    T transposed[kMostRows][kMostRows];
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t sample = item / squares * channels * channels, row = item % squares * kSide;
-      const int64_t rows = std::min(kSide, channels - row);
-      for (int64_t column = 0; column < channels; column += kSide) {
-        const int64_t columns = std::min(kSide, channels - column);
-        for (int64_t c = 0; c < columns; ++c)
-          for (int64_t r = 0; r < rows; ++r) transposed[r][c] = from[sample + (column + c) * channels + row + r];
-        for (int64_t r = 0; r < rows; ++r) {
-          const int64_t offset = sample + (row + r) * channels + column;
-          for (int64_t c = 0; c < columns; ++c) to[offset + c] = T(scale) * (from[offset + c] + transposed[r][c]);
+      const T* sample = from + item / panels * channels * channels;
+      const int64_t first = item % panels * width, rows = std::min(width, channels - first);
+      for (int64_t column = 0; column < channels; column += width) {
+        const int64_t columns = std::min(width, channels - column);
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t c = 0; c < columns; ++c) transposed[c][r] = sample[(first + r) * channels + column + c];
+        for (int64_t c = 0; c < columns; ++c) {
+          const T* row = sample + (column + c) * channels + first;
+          T* out = to + (item * channels + column + c) * width;
+          for (int64_t r = 0; r < rows; ++r) out[r] = T(scale) * (row[r] + transposed[c][r]);
         }
       }
     }
@@ -183,38 +189,34 @@ at::Tensor symmetrised(const at::Tensor& g, double scale) {
   return result;
 }
 
-// Positions of 16-bit features that are widened, multiplied and rounded at a time: 1 MiB of float32 in, as much out.
-int64_t positions_at_a_time(int64_t channels) { return std::max<int64_t>(64, 262144 / channels); }
-
 at::Tensor gram_matrix_backward(const at::Tensor& grad_gram, const at::Tensor& features, std::string_view normalize,
                                 double divisor) {
   constexpr const char* function = "gram_matrix_backward";
   check_features(function, features);
   check_grad_gram(function, grad_gram, features);
   const double scale = gram_scale(function, features, normalize, divisor);
-  const at::Tensor g = grad_gram.contiguous();
-  const at::Tensor symmetric = g.scalar_type() == at::kDouble ? symmetrised<double>(g, scale) : symmetrised<float>(g, scale);
-  at::Tensor grad = empty_like_in_huge_pages(features);
-  // Written through whichever of grad and its transpose is contiguous: one product, no temporary.
-  const bool transposed = !grad.is_contiguous();
-  const auto product = [&](const at::Tensor& f, at::Tensor out) {
-    if (transposed) {
-      at::Tensor out_transposed = out.transpose(1, 2);
-      at::bmm_out(out_transposed, f.transpose(1, 2), symmetric);
-    } else {
-      at::bmm_out(out, symmetric, f);
-    }
-  };
-  if (features.scalar_type() == symmetric.scalar_type()) {
-    product(features, grad);
-    return grad;
-  }
-  const int64_t step = positions_at_a_time(features.size(1));
-  for (int64_t n = 0; n < features.size(2); n += step) {
-    const int64_t length = std::min(step, features.size(2) - n);
-    const at::Tensor f = features.narrow(2, n, length).to(symmetric.scalar_type());
-    grad.narrow(2, n, length).copy_(at::bmm(symmetric, f));
-  }
+  const at::Tensor f = with_adjacent_axis(features), g = grad_gram.contiguous();
+  const int64_t batch = f.size(0), channels = f.size(1), positions = f.size(2);
+  at::Tensor grad = empty_like_in_huge_pages(features), out = with_adjacent_axis(grad);
+  dispatch(f.scalar_type(), [&](const auto& kernels) {
+    using T = typename std::decay_t<decltype(kernels)>::Compute;
+    const at::Tensor matrix = packed_symmetric(kernels, g, scale);
+    // Positions at a time: 512 KiB of float32, to stay in L2, but rarely more than there are cores to share them.
+    const int64_t width = kernels.panel_rows;
+    const int64_t step = std::clamp<int64_t>(std::min(131072 / (channels * width), positions / (16 * width)), 1, 16) * width;
+    const int64_t blocks = (positions + step - 1) / step;
+    at::parallel_for(0, batch * blocks, grain(channels * channels * step), [&](int64_t begin, int64_t end) {
+      std::vector<T> packed(channels * step);
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t b = item / blocks, block = item % blocks;
+        const FeatureSlice slice = feature_slice(f, b, block * step, std::min(positions, (block + 1) * step));
+        const FeatureSlice to = feature_slice(out, b, 0, positions);
+        kernels.gram_gradient(slice, matrix.template const_data_ptr<T>() + b * matrix.stride(0), packed.data(),
+                              {const_cast<void*>(to.data), to.channel_stride, to.position_stride});
+      }
+    });
+  });
+  if (!out.is_same(grad)) grad.copy_(out);
   return grad;
 }
 

@@ -1,5 +1,5 @@
-// What the CPU kernels offer, compiled once for each instruction set (portable.cpp, avx2.cpp, avx512.cpp) and picked when
-// the process starts (capability.cpp). Pointers and plain structs only: the files behind it see no torch header.
+// What the CPU kernels offer, compiled once for each instruction set (portable.cpp, avx2.cpp, avx512.cpp) and picked at the
+// first call (capability.cpp). Pointers and plain structs only: the files behind it see no torch header.
 //
 // T is the type of the arithmetic: float for float32, bfloat16 and float16 storage, double for float64.
 #pragma once
@@ -73,6 +73,12 @@ struct FeatureSlice {
   int64_t channel_stride, position_stride;  // in elements; one of them is 1
 };
 
+// Where the slice's gradient goes: element (channel 0, position 0) of the sample, in the storage dtype.
+struct FeatureOutput {
+  void* data;
+  int64_t channel_stride, position_stride;  // in elements; one of them is 1
+};
+
 // Every function takes a half-open range, so that the caller can share the work out among threads.
 template <class T>
 struct Kernels {
@@ -97,6 +103,10 @@ struct Kernels {
   // gram_scratch(channels) elements.
   int64_t (*gram_scratch)(int64_t channels);
   void (*gram)(const FeatureSlice& slice, T* packed, T* tiles);
+  // grad = M F over the slice, M a symmetric [C, C] matrix packed as [panels][C][panel_rows] (element (r, k) of a panel at
+  // k * panel_rows + r, zero beyond C), in the storage dtype. `packed` is scratch for the whole slice,
+  // C * panel_rows elements for every panel of positions.
+  void (*gram_gradient)(const FeatureSlice& slice, const T* matrix, T* packed, const FeatureOutput& grad);
 };
 
 // By the dtype of the storage.

@@ -1,6 +1,6 @@
-// F F^T of a slice of feature positions, upper triangle of tiles only.
+// F F^T of a slice of feature positions, upper triangle of tiles only; and its gradient, a symmetric matrix times F.
 //
-// Channels are the packed rows, positions the depth. Positions are packed a block at a time into a scratch that fits in
+// For the Gram matrix channels are the packed rows, positions the depth. Positions are packed a block at a time into a scratch that fits in
 // cache, because channels lie a power of two bytes apart in memory and would evict each other if they were read in place.
 #pragma once
 
@@ -19,10 +19,20 @@ int64_t gram_scratch(int64_t channels) {
   return channel_panels<T>(channels) * kPanelRows<T> * kDepthBlock;
 }
 
+// One row of a panel from adjacent elements, filled up with zeros.
+template <class S, class T>
+DEEPSIM_INLINE void widen_row(const S* in, int64_t count, T* out) {
+  constexpr int64_t NR = kPanelRows<T>, W = kLanes<T>;
+  int64_t c = 0;
+  for (; c + W <= count; c += W) store(out + c, load_widened<T>(in + c));
+  for (; c < count; ++c) out[c] = widen(in[c]);
+  for (; c < NR; ++c) out[c] = 0;
+}
+
 template <class S>
 void gram(const FeatureSlice& f, typename ComputeOf<S>::type* packed, typename ComputeOf<S>::type* tiles) {
   using T = typename ComputeOf<S>::type;
-  constexpr int64_t NR = kPanelRows<T>, W = kLanes<T>;
+  constexpr int64_t NR = kPanelRows<T>;
   const int64_t panels = channel_panels<T>(f.channels);
   const S* data = static_cast<const S*>(f.data);
   for (int64_t position = f.begin; position < f.end; position += kDepthBlock) {
@@ -35,20 +45,57 @@ void gram(const FeatureSlice& f, typename ComputeOf<S>::type* packed, typename C
         pack_panel<T, S>([&](int64_t r) { return origin + r * f.channel_stride; }, count, depth, panel,
                          [](int64_t, int64_t, auto v) { return v; });
       } else {  // channels adjacent (channels_last): already interleaved as a panel is
-        for (int64_t k = 0; k < depth; ++k) {
-          const S* in = origin + k * f.position_stride;
-          T* out = panel + k * NR;
-          int64_t c = 0;
-          for (; c + W <= count; c += W) store(out + c, load_widened<T>(in + c));
-          for (; c < count; ++c) out[c] = widen(in[c]);
-          for (; c < NR; ++c) out[c] = 0;
-        }
+        for (int64_t k = 0; k < depth; ++k) widen_row(origin + k * f.position_stride, count, panel + k * NR);
       }
     }
     T* tile = tiles;
     for (int64_t i = 0; i < panels; ++i)
       for (int64_t j = i; j < panels; ++j, tile += NR * NR)
         tile_product(packed + i * NR * kDepthBlock, packed + j * NR * kDepthBlock, depth, tile, position > f.begin);
+  }
+}
+
+// Here positions are the rows of panels and channels their depth. A tile comes out in the order in which it is written: along
+// positions, or along channels where those are adjacent. The whole slice is packed first: so every panel of the matrix is read
+// once for all of it, and rows of features, which lie a power of two bytes apart, are read and written in long runs.
+template <class S>
+void gram_gradient(const FeatureSlice& f, const typename ComputeOf<S>::type* matrix, typename ComputeOf<S>::type* packed,
+                   const FeatureOutput& grad) {
+  using T = typename ComputeOf<S>::type;
+  constexpr int64_t NR = kPanelRows<T>;
+  alignas(64) T tile[NR * NR];
+  const int64_t panel = f.channels * NR;
+  const auto positions_from = [&](int64_t position) { return f.end - position < NR ? f.end - position : NR; };
+  if (f.position_stride == 1) {
+    for (int64_t k = 0; k < f.channels; ++k) {
+      const S* row = static_cast<const S*>(f.data) + k * f.channel_stride;
+      T* out = packed + k * NR;
+      for (int64_t n = f.begin; n < f.end; n += NR, out += panel) widen_row(row + n, positions_from(n), out);
+    }
+  } else {
+    T* out = packed;
+    for (int64_t n = f.begin; n < f.end; n += NR, out += panel) {
+      const S* origin = static_cast<const S*>(f.data) + n * f.position_stride;
+      pack_panel<T, S>([&](int64_t r) { return origin + r * f.position_stride; }, positions_from(n), f.channels, out,
+                       [](int64_t, int64_t, auto v) { return v; });
+    }
+  }
+  for (int64_t first = 0; first < f.channels; first += NR, matrix += panel) {
+    const int64_t channels = f.channels - first < NR ? f.channels - first : NR;
+    const T* right = packed;
+    for (int64_t position = f.begin; position < f.end; position += NR, right += panel) {
+      const int64_t positions = positions_from(position);
+      S* out = static_cast<S*>(grad.data) + first * grad.channel_stride + position * grad.position_stride;
+      if (grad.position_stride == 1) {
+        tile_product<T>(matrix, right, f.channels, tile, false);
+        for (int64_t r = 0; r < channels; ++r)
+          for (int64_t n = 0; n < positions; ++n) narrow(tile[r * NR + n], out + r * grad.channel_stride + n);
+      } else {
+        tile_product<T>(right, matrix, f.channels, tile, false);
+        for (int64_t n = 0; n < positions; ++n)
+          for (int64_t r = 0; r < channels; ++r) narrow(tile[n * NR + r], out + n * grad.position_stride + r);
+      }
+    }
   }
 }
 

@@ -1,4 +1,4 @@
-// 16-bit floats in memory, float in registers. Plain integer arithmetic: the same bits on every CPU, and it vectorises.
+// 16-bit floats in memory, float in registers, converted by plain arithmetic that vectorises on every CPU.
 #pragma once
 
 #include "vec.h"

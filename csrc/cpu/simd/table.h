@@ -20,7 +20,8 @@ constexpr Kernels<typename ComputeOf<S>::type> kernels_for() {
           triplet_gradient<S, false, true>,
           triplet_gradient<S, true, true>,
           gram_scratch<T>,
-          gram<S>};
+          gram<S>,
+          gram_gradient<S>};
 }
 
 constexpr KernelTable table() { return {kernels_for<float>(), kernels_for<BFloat16>(), kernels_for<Float16>(), kernels_for<double>()}; }

@@ -70,6 +70,7 @@ template <class S, class T>
 inline void add_uses(const TripletGradient<T>& g, int64_t j, T* sum) {
   for (int64_t u = g.use_begin[j]; u < g.use_begin[j + 1]; ++u) {
     const int32_t a = g.uses[u] / 2;
+    if (g.coefficient[a] == 0) continue;
     const bool negative = g.uses[u] % 2;
     add_distance_gradient(row_of<S>(g.references, j), row_of<S>(g.anchors, a), g.anchors.depth, g.distance,
                           negative ? g.d_an[a] : g.d_ap[a], negative ? -g.coefficient[a] : g.coefficient[a],

@@ -43,27 +43,6 @@ DEEPSIM_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // not `Vec<T>{} + x`, which would turn -0 into +0
 }
 
-template <class T>
-DEEPSIM_INLINE Vec<T> lane_numbers() {
-  Vec<T> v;
-  for (int l = 0; l < kLanes<T>; ++l) v[l] = T(l);
-  return v;
-}
-
-template <class T>
-DEEPSIM_INLINE T reduce_min(Vec<T> v) {
-  T m = v[0];
-  for (int l = 1; l < kLanes<T>; ++l) m = v[l] < m ? v[l] : m;
-  return m;
-}
-
-template <class T>
-DEEPSIM_INLINE T reduce_add(Vec<T> v) {
-  T s = v[0];
-  for (int l = 1; l < kLanes<T>; ++l) s += v[l];
-  return s;
-}
-
 // Bit l of the result says whether a[l] <= b[l] (or ==); false where either is NaN.
 #if DEEPSIM_VECTOR_BYTES == 64
 DEEPSIM_INLINE uint32_t bits_le(Vec<float> a, Vec<float> b) {
