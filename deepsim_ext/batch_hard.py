@@ -75,8 +75,8 @@ def batch_hard_triplet_loss(
     from every run, for any number of threads.
 
     Args:
-        embeddings, labels, ref_embeddings, ref_labels, distance: as in `batch_hard_mine`. (Under torch.vmap leave
-            the references out for the self form: it hides that two arguments are the same tensor.)
+        embeddings, labels, ref_embeddings, ref_labels, distance: as in `batch_hard_mine`. (Under torch.vmap
+            leave the references out for the self form: it hides that two arguments are one tensor.)
         margin: finite, >= 0, in units of the distance; not used when `soft`.
         soft: the soft margin.
         reduction: "mean" over valid anchors, "mean_nonzero" over anchors whose loss is > 0, "sum", or "none"
