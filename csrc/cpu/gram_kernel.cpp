@@ -203,7 +203,7 @@ at::Tensor gram_matrix_backward(const at::Tensor& grad_gram, const at::Tensor& f
     const at::Tensor matrix = packed_symmetric(kernels, g, scale);
     // Positions at a time: 512 KiB of float32, to stay in L2, but rarely more than there are cores to share them.
     const int64_t width = kernels.panel_rows;
-    const int64_t step = std::clamp<int64_t>(std::min(131072 / (channels * width), positions / (16 * width)), 1, 16) * width;
+    const int64_t step = std::clamp<int64_t>(std::min(131072 / (channels * width), positions / (16 * width)), 1, 64) * width;
     const int64_t blocks = (positions + step - 1) / step;
     at::parallel_for(0, batch * blocks, grain(channels * channels * step), [&](int64_t begin, int64_t end) {
       std::vector<T> packed(channels * step);
