@@ -1,7 +1,9 @@
-"""One hypothesis profile for all property tests: the same examples in every run, on machines of any speed."""
+"""One seed for every test: the same examples in every run, on machines of any speed; `--seed` draws others."""
 
 from __future__ import annotations
 
+import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -13,3 +15,12 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("deepsim_ext")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, default=0, help="seed of torch's generator at the start of each test")
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request: pytest.FixtureRequest) -> None:
+    torch.manual_seed(request.config.getoption("--seed"))
