@@ -1,4 +1,4 @@
-"""One seed for every test: the same examples in every run, on machines of any speed; `--seed` draws others."""
+"""One seed for every test: the same examples in every run, whatever the machine; `--seed` draws others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ settings.load_profile("deepsim_ext")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--seed", type=int, default=0, help="seed of torch's generator at the start of each test")
+    parser.addoption("--seed", type=int, default=0, help="seed of each test's random numbers")
 
 
 @pytest.fixture(autouse=True)
