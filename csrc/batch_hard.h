@@ -7,10 +7,9 @@
 #include <string_view>
 
 #include "common/distance.h"
+#include "common/triplet_loss.h"
 
 namespace deepsim {
-
-enum class Reduction { mean, mean_nonzero, sum, none };
 
 // Throw where `function` got something else than one of the names.
 Distance distance_from(const char* function, std::string_view name);

@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from .emulator import build
+
 settings.register_profile(
     "deepsim_ext",
     deadline=None,
@@ -19,6 +21,13 @@ settings.load_profile("deepsim_ext")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=0, help="seed of each test's random numbers")
+    emulated = "run the CUDA kernels, on CPU tensors by the emulator (tests/emulator)"
+    parser.addoption("--emulated", action="store_true", help=emulated)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--emulated"):
+        build.load()
 
 
 @pytest.fixture(autouse=True)

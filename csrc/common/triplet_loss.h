@@ -3,7 +3,12 @@
 
 #include <cmath>
 
+#include "host_device.h"
+
 namespace deepsim {
+
+// What becomes of the losses of the anchors: mean over the valid ones, over those above 0, their sum, or all of them.
+enum class Reduction { mean, mean_nonzero, sum, none };
 
 // l = max(0, z) with z = d_ap - d_an + margin, or log(1 + exp(d_ap - d_an)); and its derivative by d_ap.
 template <class T>
@@ -11,12 +16,12 @@ struct TripletLoss {
   T margin;
   bool soft;
 
-  T value(T d_ap, T d_an) const {
+  DEEPSIM_HOST_DEVICE T value(T d_ap, T d_an) const {
     const T z = d_ap - d_an;
     if (soft) return std::log1p(std::exp(-std::abs(z))) + (z < 0 ? T(0) : z);
     return z + margin <= 0 ? T(0) : z + margin;  // NaN stays NaN
   }
-  T derivative(T d_ap, T d_an) const {
+  DEEPSIM_HOST_DEVICE T derivative(T d_ap, T d_an) const {
     const T z = d_ap - d_an;
     if (soft) return 1 / (1 + std::exp(-z));
     return z + margin <= 0 ? T(0) : z + margin > 0 ? T(1) : z;

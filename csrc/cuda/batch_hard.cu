@@ -1,0 +1,164 @@
+// Batch-hard triplet loss on CUDA: which kernels run, in which order, on how many blocks.
+#include "batch_hard.h"
+
+#include <algorithm>
+
+#include "device.cuh"
+#include "mine_direct.cuh"
+#include "mine_tiles.cuh"
+#include "pack.cuh"
+#include "triplets.cuh"
+
+namespace deepsim::cuda {
+namespace {
+
+int64_t blocks_for(int64_t items, int64_t per_block) { return (items + per_block - 1) / per_block; }
+
+// Calls f with a value of the storage's element type.
+template <class F>
+void dispatch(Storage storage, F f) {
+  switch (storage) {
+    case Storage::float32: return f(float{});
+    case Storage::float64: return f(double{});
+    case Storage::bfloat16: return f(BFloat16{});
+    case Storage::float16: return f(Half{});
+  }
+}
+
+constexpr int kWarpKernelThreads = 256;
+constexpr int kWarpKernelRows = kWarpKernelThreads / kWarp;
+
+template <class S>
+void norms_of(const Rows& x, double* norms, Flags* flags, void* stream) {
+  if (x.count == 0) return;
+  launch(norms_kernel<S>, blocks_for(x.count, kWarpKernelRows), kWarpKernelThreads, 0, stream, x, norms, flags);
+}
+
+template <class S, class Choices>
+void finish(const Batch& batch, const Choices& choices, const Triplets& out, const LossOptions& options, void* stream) {
+  const int64_t blocks = std::max<int64_t>(1, blocks_for(batch.anchors.count, kRowWarps));
+  launch(finish_kernel<S, Choices>, blocks, kRowThreads, sizeof(LossShared<Compute<S>>), stream, batch, choices, out, options);
+}
+
+template <class S, class Operand>
+void pack(const Batch& batch, const TileMining& mining, bool of_anchors, void* stream) {
+  PackArguments p;
+  p.rows = of_anchors ? batch.anchors : batch.references;
+  p.norms = of_anchors ? batch.anchor_norm : batch.reference_norm;
+  p.centre = mining.centre;
+  p.out = of_anchors ? mining.anchors : mining.references;
+  p.column_labels = mining.references.sorted_labels;
+  p.column_count = batch.references.count;
+  p.flags = batch.flags;
+  launch(pack_kernel<S, Operand>, blocks_for(padded_rows(p.rows.count), 8), 8 * kWarp, 0, stream, p);
+}
+
+template <class S>
+void find_centre(const Batch& batch, const TileMining& mining, void* stream) {
+  const int64_t depth = batch.anchors.depth;
+  const auto sums = [&](const Rows& x, const double* norms, int set) {
+    const int64_t blocks = blocks_for(depth, kCentreColumns) * mining.centre_slices;
+    launch(centre_sums_kernel<S>, blocks, kCentreThreads, kCentreThreads * sizeof(double), stream, x, norms, mining.centre_slices,
+           mining.centre_sums + int64_t(set) * mining.centre_slices * depth);
+  };
+  sums(batch.anchors, batch.anchor_norm, 0);
+  if (!batch.self_form) sums(batch.references, batch.reference_norm, 1);
+  launch(centre_kernel, blocks_for(depth, 256), 256, 0, stream, mining.centre_sums, mining.centre_slices, depth, batch.anchors.count,
+         batch.references.count, batch.self_form, mining.centre);
+}
+
+// Blocks beyond this walk over several tiles each.
+constexpr int64_t kMostBlocks = int64_t(1) << 30;
+
+template <class S, class Operand>
+void mine_packed(const Batch& batch, const TileMining& mining, void* stream) {
+  pack<S, Operand>(batch, mining, true, stream);
+  if (!batch.self_form) pack<S, Operand>(batch, mining, false, stream);
+  TileArguments a;
+  a.rows = mining.anchors;
+  a.columns = mining.references;
+  a.row_tiles = padded_rows(batch.anchors.count) / kTileRows;
+  a.column_tiles = padded_rows(batch.references.count) / kTileRows;
+  a.chunks = operand_row_bytes(batch.storage, batch.anchors.depth, mining.single_pass) / kChunkBytes;
+  a.self_form = batch.self_form;
+  a.positive = mining.positive;
+  a.negative = mining.negative;
+  const int64_t down = blocks_for(a.row_tiles, kSquare), across = blocks_for(a.column_tiles, kSquare);
+  const int64_t tiles = (a.self_form ? down * (down + 1) / 2 : down * across) * kSquare * kSquare;
+  launch(mine_tiles_kernel<Operand>, std::min(tiles, kMostBlocks), kTileThreads, sizeof(TileShared), stream, a, tiles);
+}
+
+}  // namespace
+
+void row_norms(const Batch& batch, void* stream) {
+  dispatch(batch.storage, [&](auto s) {
+    norms_of<decltype(s)>(batch.anchors, batch.anchor_norm, batch.flags, stream);
+    if (!batch.self_form) norms_of<decltype(s)>(batch.references, batch.reference_norm, batch.flags, stream);
+  });
+}
+
+// Enough blocks to fill a large GPU twice, as long as every split has a tile to walk over.
+int direct_splits(int64_t anchors, int64_t references) {
+  constexpr int64_t kBlocks = 264, kMostSplits = 64;
+  const int64_t row_tiles = std::max<int64_t>(1, blocks_for(anchors, kDirectTile));
+  return int(std::clamp<int64_t>(kBlocks / row_tiles, 1, std::clamp<int64_t>(blocks_for(references, kDirectTile), 1, kMostSplits)));
+}
+
+void mine_direct(const Batch& batch, const DirectFound& found, void* stream) {
+  dispatch(batch.storage, [&](auto s) {
+    using S = decltype(s);
+    const int64_t blocks = blocks_for(batch.anchors.count, kDirectTile) * found.splits;
+    launch(mine_direct_kernel<S>, blocks, kDirectThreads, sizeof(DirectShared<Compute<S>>), stream, batch, found);
+  });
+}
+
+int64_t operand_row_bytes(Storage storage, int64_t depth, bool single_pass) {
+  const int64_t elements = storage == Storage::float32 && !single_pass ? kPieces * Split::kElements : kPieces * Plain<Half>::kElements;
+  return blocks_for(depth, elements) * kChunkBytes;
+}
+
+int centre_slices(int64_t rows) { return int(std::clamp<int64_t>(rows / 256, 1, 64)); }
+
+void mine_tiles(const Batch& batch, const TileMining& mining, void* stream) {
+  switch (batch.storage) {
+    case Storage::float32:
+      find_centre<float>(batch, mining, stream);
+      return mining.single_pass ? mine_packed<float, Plain<Half>>(batch, mining, stream) : mine_packed<float, Split>(batch, mining, stream);
+    case Storage::bfloat16: return mine_packed<BFloat16, Plain<BFloat16>>(batch, mining, stream);
+    case Storage::float16: return mine_packed<Half, Plain<Half>>(batch, mining, stream);
+    case Storage::float64: throw std::logic_error("deepsim_ext: mine_tiles has no float64 kernel");
+  }
+}
+
+void finish_direct(const Batch& batch, const DirectFound& found, const Triplets& out, const LossOptions& options, void* stream) {
+  dispatch(batch.storage, [&](auto s) {
+    using S = decltype(s);
+    finish<S>(batch, DirectChoices<Compute<S>>{found, batch.anchors.count}, out, options, stream);
+  });
+}
+
+void finish_tiles(const Batch& batch, const TileMining& mining, const Triplets& out, const LossOptions& options, void* stream) {
+  dispatch(batch.storage, [&](auto s) {
+    finish<decltype(s)>(batch, TileChoices{mining.positive, mining.negative, mining.anchors.original}, out, options, stream);
+  });
+}
+
+void triplet_gradient(const LossGradient& g, const LossOptions& options, void* stream) {
+  dispatch(g.batch.storage, [&](auto s) {
+    using S = decltype(s);
+    const int64_t anchors = g.batch.anchors.count, columns = blocks_for(g.batch.anchors.depth, kGradientColumns);
+    if (anchors > 0) launch(count_kernel<Compute<S>>, blocks_for(anchors, 256), 256, 0, stream, g, options);
+    const auto run = [&](auto kernel, void* grad, int64_t rows) {
+      if (rows == 0) return;
+      launch(kernel, blocks_for(rows, kRowWarps) * columns, kRowThreads, sizeof(GradientShared), stream, g, options, grad, rows);
+    };
+    if (g.batch.self_form) {
+      run(gradient_kernel<S, true, true>, g.grad, anchors);
+    } else {
+      run(gradient_kernel<S, true, false>, g.grad, anchors);
+      run(gradient_kernel<S, false, true>, g.grad_references, g.batch.references.count);
+    }
+  });
+}
+
+}  // namespace deepsim::cuda

@@ -1,0 +1,123 @@
+// Batch-hard triplet loss on CUDA: what the torch side (batch_hard_kernel.cpp) asks of the launches (batch_hard.cu).
+//
+// Pointers and plain structs only: no torch header reaches device code, no CUDA header the torch side. All pointers are device
+// memory; nothing here waits for the device.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../common/distance.h"
+#include "../common/triplet_loss.h"
+
+namespace deepsim::cuda {
+
+enum class Storage { float32, float64, bfloat16, float16 };
+
+// A [count, depth] matrix, rows `stride` elements apart, elements of a row adjacent.
+struct Rows {
+  const void* data;
+  int64_t count, depth, stride;
+};
+
+// Words that kernels of one call leave for each other. All zero at the start.
+struct Flags {
+  int32_t not_finite;  // a NaN or inf in the embeddings, or rows so long that their distance overflows: nothing is chosen
+  int32_t zero_row;    // cosine: some row has no direction
+  uint32_t finished;   // blocks of the last kernel that are through
+  int32_t unused;
+};
+
+// One call's batch. In the self form the references are the anchors.
+struct Batch {
+  Storage storage;
+  Distance distance;
+  bool self_form;
+  Rows anchors, references;
+  const int64_t *labels, *reference_labels;               // by row
+  double *anchor_norm, *reference_norm;                    // [count], cosine only: |row|
+  Flags* flags;
+};
+
+// Writes the norms and flags what is not finite. For cosine before anything else; for any distance where one of the sets
+// is empty, so that mining sees no pair.
+void row_norms(const Batch& batch, void* stream);
+
+// ---- mining by direct differences: exact in every dtype, and the fastest for small batches ----
+
+struct DirectFound {
+  int splits;        // parts that the references are cut into
+  void* values;      // [2][splits][anchors] in the type of the arithmetic: largest positive, smallest negative squared distance
+  int32_t* indices;  // [2][splits][anchors] reference rows, kNobody where there is none
+};
+
+constexpr int32_t kNobody = 0x7fffffff;
+
+int direct_splits(int64_t anchors, int64_t references);
+void mine_direct(const Batch& batch, const DirectFound& found, void* stream);
+
+// ---- mining by tensor-core tiles over rows sorted by label ----
+
+// Rows and columns of a tile; packed rows are filled up to a multiple.
+constexpr int64_t kTileRows = 128;
+
+DEEPSIM_HOST_DEVICE inline int64_t padded_rows(int64_t count) { return (count + kTileRows - 1) / kTileRows * kTileRows; }
+
+// How many bytes a row of an operand takes. `single_pass`: float32 is rounded to 11 bits, as TF32 is, not split into two halves.
+int64_t operand_row_bytes(Storage storage, int64_t depth, bool single_pass);
+
+// One set of rows, sorted by label and made ready for the tensor cores.
+struct PackedSet {
+  const int64_t *order, *sorted_labels;  // [count]: packed position -> row, and its label
+  unsigned char* operand;  // [tiles][row bytes / 128][kTileRows][128], see pack.cuh
+  float *half_norm, *scale;              // [padded]: |row|^2 / 2, and what products of the operand are to be multiplied by
+  int32_t *label_id, *original;          // [padded]: equal ids mean equal labels; row before packing
+};
+
+struct TileMining {
+  bool single_pass;
+  PackedSet anchors, references;          // the same in the self form
+  int centre_slices;                      // of centre_sums
+  double* centre_sums;                    // [2][centre_slices][depth]
+  float* centre;                          // [depth], null for 16-bit storage: its rows stay as they are
+  unsigned long long *positive, *negative;  // [padded anchors] all zero at the start, see mine_tiles.cuh
+};
+
+int centre_slices(int64_t rows);
+void mine_tiles(const Batch& batch, const TileMining& mining, void* stream);
+
+// ---- from choices to losses ----
+
+// What the ops return. d_ap, d_an, loss in the type of the arithmetic; null where only the choice is asked for.
+struct Triplets {
+  int32_t *positives, *negatives;  // [anchors], -1 where the anchor is not valid
+  void *d_ap, *d_an;               // [anchors], exact distances of the chosen pairs, 0 where the anchor is not valid
+  void* loss;                      // one number, or [anchors] where nothing is reduced
+};
+
+struct LossOptions {
+  double margin;
+  bool soft;
+  Reduction reduction;
+};
+
+void finish_direct(const Batch& batch, const DirectFound& found, const Triplets& out, const LossOptions& options, void* stream);
+void finish_tiles(const Batch& batch, const TileMining& mining, const Triplets& out, const LossOptions& options, void* stream);
+
+// ---- backward ----
+
+struct LossGradient {
+  Batch batch;                           // labels are not read
+  const int32_t *positives, *negatives;  // [anchors]
+  const void *d_ap, *d_an, *grad_loss;   // in the type of the arithmetic
+  // Choices in ascending order of the chosen row: sorted_choices[u] was made by entry order[u] of (positives, negatives) laid end
+  // to end. Null: every row looks through all choices itself, which is faster where there are few.
+  const int32_t* sorted_choices;
+  const int64_t* choice_order;
+  unsigned long long* count;  // valid (or active) anchors, zero at the start
+  void *grad, *grad_references;  // in the storage dtype; no grad_references in the self form
+};
+
+void triplet_gradient(const LossGradient& gradient, const LossOptions& options, void* stream);
+
+}  // namespace deepsim::cuda

@@ -1,0 +1,247 @@
+// Batch-hard triplet loss on CUDA, the torch side: memory and what the launches in batch_hard.cu are to work on.
+#include "../batch_hard.h"
+
+#include <ATen/Context.h>
+#include <ATen/Functions.h>
+#include <torch/library.h>
+
+#include <cstdlib>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "../common/checks.h"
+#include "backend.h"
+#include "batch_hard.h"
+
+namespace deepsim::cuda {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// Up to this many anchors and references direct differences are searched: packing, sorting and centring, some ten launches more,
+// would take longer. An estimate from launch times; to be replaced by a measurement.
+constexpr int64_t kMostDirectRows = 1024;
+// Up to this many anchors each row looks for those who chose it itself; beyond, choices are sorted.
+constexpr int64_t kMostSearchedChoices = 4096;
+
+enum class Mining { direct, tiles };
+
+Mining mining_for(at::ScalarType type, int64_t anchors, int64_t references) {
+  if (type == at::kDouble) return Mining::direct;
+  const char* wanted = std::getenv("DEEPSIM_CUDA_MINING");
+  if (wanted != nullptr && *wanted != '\0') {
+    TORCH_CHECK_VALUE(std::string(wanted) == "direct" || std::string(wanted) == "tiles",
+                      "DEEPSIM_CUDA_MINING must be direct or tiles, got ", wanted);
+    return *wanted == 'd' ? Mining::direct : Mining::tiles;
+  }
+  return anchors <= kMostDirectRows && references <= kMostDirectRows ? Mining::direct : Mining::tiles;
+}
+
+Storage storage_of(at::ScalarType type) {
+  switch (type) {
+    case at::kDouble: return Storage::float64;
+    case at::kBFloat16: return Storage::bfloat16;
+    case at::kHalf: return Storage::float16;
+    default: return Storage::float32;
+  }
+}
+
+at::Tensor with_adjacent_columns(const at::Tensor& x) { return x.size(1) == 1 || x.stride(1) == 1 ? x : x.contiguous(); }
+
+Rows rows_of(const at::Tensor& x) { return {x.const_data_ptr(), x.size(0), x.size(1), x.stride(0)}; }
+
+// A batch and the tensors that its pointers point into.
+struct OwnedBatch {
+  at::Tensor x, ref, labels, ref_labels, anchor_norms, reference_norms, flags;
+  Batch view;
+};
+
+OwnedBatch own(const at::Tensor& x, const OptionalTensor& ref, Distance distance) {
+  OwnedBatch b;
+  b.x = with_adjacent_columns(x);
+  b.ref = ref ? with_adjacent_columns(*ref) : b.x;
+  b.flags = at::zeros({int64_t(sizeof(Flags) / sizeof(int32_t))}, x.options().dtype(at::kInt));
+  b.view = {};
+  b.view.storage = storage_of(x.scalar_type());
+  b.view.distance = distance;
+  b.view.self_form = !ref;
+  b.view.anchors = rows_of(b.x);
+  b.view.references = rows_of(b.ref);
+  b.view.flags = reinterpret_cast<Flags*>(b.flags.mutable_data_ptr<int32_t>());
+  if (distance == Distance::cosine) {
+    const auto options = x.options().dtype(at::kDouble);
+    b.anchor_norms = at::empty({b.x.size(0)}, options);
+    b.reference_norms = ref ? at::empty({b.ref.size(0)}, options) : b.anchor_norms;
+    b.view.anchor_norm = b.anchor_norms.mutable_data_ptr<double>();
+    b.view.reference_norm = b.reference_norms.mutable_data_ptr<double>();
+  }
+  return b;
+}
+
+OwnedBatch own(const at::Tensor& x, const at::Tensor& labels, const OptionalTensor& ref, const OptionalTensor& ref_labels,
+               Distance distance) {
+  OwnedBatch b = own(x, ref, distance);
+  b.labels = labels.contiguous();
+  b.ref_labels = ref ? ref_labels->contiguous() : b.labels;
+  b.view.labels = b.labels.const_data_ptr<int64_t>();
+  b.view.reference_labels = b.ref_labels.const_data_ptr<int64_t>();
+  return b;
+}
+
+// A packed set and the tensors that its pointers point into: 16 bytes a row and the operand, beside the sort's 16.
+struct OwnedSet {
+  at::Tensor sorted_labels, order, operand, half_norm, scale, label_id, original;
+  PackedSet view;
+};
+
+OwnedSet own_set(const at::Tensor& x, const at::Tensor& labels, int64_t row_bytes) {
+  OwnedSet s;
+  std::tie(s.sorted_labels, s.order) = at::sort(labels, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+  const int64_t rows = padded_rows(x.size(0));
+  const auto f = x.options().dtype(at::kFloat), i = x.options().dtype(at::kInt);
+  s.operand = at::empty({rows * row_bytes}, x.options().dtype(at::kByte));
+  s.half_norm = at::empty({rows}, f);
+  s.scale = at::empty({rows}, f);
+  s.label_id = at::empty({rows}, i);
+  s.original = at::empty({rows}, i);
+  s.view = {s.order.const_data_ptr<int64_t>(),     s.sorted_labels.const_data_ptr<int64_t>(),
+            s.operand.mutable_data_ptr<uint8_t>(), s.half_norm.mutable_data_ptr<float>(),
+            s.scale.mutable_data_ptr<float>(),     s.label_id.mutable_data_ptr<int32_t>(),
+            s.original.mutable_data_ptr<int32_t>()};
+  return s;
+}
+
+// One pass of products of 11 bits does where torch's own matrix products of float32 are allowed TF32, which has as many.
+bool single_pass_allowed() { return at::globalContext().allowTF32CuBLAS(); }
+
+void mine_and_finish_direct(const OwnedBatch& b, const Triplets& out, const LossOptions& options, void* stream) {
+  const int64_t anchors = b.x.size(0), references = b.ref.size(0);
+  const int splits = direct_splits(anchors, references);
+  const at::ScalarType type = compute_type(b.x.scalar_type());
+  const at::Tensor values = at::empty({2 * splits * anchors}, b.x.options().dtype(type));
+  const at::Tensor indices = at::empty({2 * splits * anchors}, b.x.options().dtype(at::kInt));
+  const DirectFound found{splits, values.mutable_data_ptr(), indices.mutable_data_ptr<int32_t>()};
+  mine_direct(b.view, found, stream);
+  finish_direct(b.view, found, out, options, stream);
+}
+
+void mine_and_finish_tiles(const OwnedBatch& b, const Triplets& out, const LossOptions& options, void* stream) {
+  const bool centred = b.view.storage == Storage::float32;
+  TileMining m = {};
+  m.single_pass = centred && single_pass_allowed();
+  const int64_t depth = b.x.size(1), row_bytes = operand_row_bytes(b.view.storage, depth, m.single_pass);
+  const OwnedSet anchors = own_set(b.x, b.labels, row_bytes);
+  const OwnedSet references = b.view.self_form ? anchors : own_set(b.ref, b.ref_labels, row_bytes);
+  m.anchors = anchors.view;
+  m.references = references.view;
+  at::Tensor sums, centre;
+  if (centred) {
+    m.centre_slices = centre_slices(std::max(b.x.size(0), b.ref.size(0)));
+    sums = at::empty({2, m.centre_slices, depth}, b.x.options().dtype(at::kDouble));
+    centre = at::empty({depth}, b.x.options());
+    m.centre_sums = sums.mutable_data_ptr<double>();
+    m.centre = centre.mutable_data_ptr<float>();
+  }
+  const at::Tensor keys = at::zeros({2, padded_rows(b.x.size(0))}, b.x.options().dtype(at::kLong));
+  m.positive = reinterpret_cast<unsigned long long*>(keys.mutable_data_ptr<int64_t>());
+  m.negative = m.positive + keys.size(1);
+  mine_tiles(b.view, m, stream);
+  finish_tiles(b.view, m, out, options, stream);
+}
+
+void mine_and_finish(const OwnedBatch& b, const Triplets& out, const LossOptions& options) {
+  void* stream = current_stream(b.x);
+  const int64_t anchors = b.x.size(0), references = b.ref.size(0);
+  const bool empty = anchors == 0 || references == 0;
+  if (b.view.distance == Distance::cosine || empty) row_norms(b.view, stream);
+  if (empty) return finish_direct(b.view, {0, nullptr, nullptr}, out, options, stream);  // nobody to choose
+  if (mining_for(b.x.scalar_type(), anchors, references) == Mining::direct) {
+    mine_and_finish_direct(b, out, options, stream);
+  } else {
+    mine_and_finish_tiles(b, out, options, stream);
+  }
+}
+
+std::tuple<at::Tensor, at::Tensor> batch_hard_mine(const at::Tensor& embeddings, const at::Tensor& labels,
+                                                   const OptionalTensor& ref_embeddings, const OptionalTensor& ref_labels,
+                                                   std::string_view distance) {
+  constexpr const char* function = "batch_hard_mine";
+  check_batch(function, embeddings, labels, ref_embeddings, ref_labels);
+  const c10::DeviceGuard guard(embeddings.device());
+  const OwnedBatch b = own(embeddings, labels, ref_embeddings, ref_labels, distance_from(function, distance));
+  at::Tensor positives = at::empty({embeddings.size(0)}, embeddings.options().dtype(at::kInt));
+  at::Tensor negatives = at::empty_like(positives);
+  const Triplets out{positives.mutable_data_ptr<int32_t>(), negatives.mutable_data_ptr<int32_t>(), nullptr, nullptr, nullptr};
+  mine_and_finish(b, out, {0, false, Reduction::none});
+  return {positives, negatives};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_hard_triplet_loss(
+    const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& ref_embeddings, const OptionalTensor& ref_labels,
+    double margin, bool soft, std::string_view distance, std::string_view reduction) {
+  constexpr const char* function = "batch_hard_triplet_loss";
+  check_batch(function, embeddings, labels, ref_embeddings, ref_labels);
+  const Distance d = distance_from(function, distance);
+  const LossOptions options{margin, soft, reduction_from(function, reduction)};
+  const c10::DeviceGuard guard(embeddings.device());
+  const OwnedBatch b = own(embeddings, labels, ref_embeddings, ref_labels, d);
+  const int64_t n = embeddings.size(0);
+  const auto compute = embeddings.options().dtype(compute_type(embeddings.scalar_type()));
+  at::Tensor d_ap = at::empty({n}, compute), d_an = at::empty({n}, compute);
+  at::Tensor loss = options.reduction == Reduction::none ? at::empty({n}, compute) : at::empty({}, compute);
+  at::Tensor positives = at::empty({n}, embeddings.options().dtype(at::kInt)), negatives = at::empty_like(positives);
+  const Triplets out{positives.mutable_data_ptr<int32_t>(), negatives.mutable_data_ptr<int32_t>(), d_ap.mutable_data_ptr(),
+                     d_an.mutable_data_ptr(), loss.mutable_data_ptr()};
+  mine_and_finish(b, out, options);
+  return {loss, d_ap, d_an, positives, negatives};
+}
+
+std::tuple<at::Tensor, at::Tensor> batch_hard_triplet_loss_backward(
+    const at::Tensor& grad_loss, const at::Tensor& embeddings, const OptionalTensor& ref_embeddings, const at::Tensor& positives,
+    const at::Tensor& negatives, const at::Tensor& d_ap, const at::Tensor& d_an, double margin, bool soft, std::string_view distance,
+    std::string_view reduction) {
+  constexpr const char* function = "batch_hard_triplet_loss_backward";
+  const Distance d = distance_from(function, distance);
+  const LossOptions options{margin, soft, reduction_from(function, reduction)};
+  check_backward(grad_loss, embeddings, ref_embeddings, positives, negatives, d_ap, d_an, options.reduction);
+  const c10::DeviceGuard guard(embeddings.device());
+  void* stream = current_stream(embeddings);
+  const OwnedBatch b = own(embeddings, ref_embeddings, d);
+  if (d == Distance::cosine) {
+    row_norms(b.view, stream);
+    b.flags.zero_();  // whatever they found, the distances that were saved say it
+  }
+  const at::Tensor p = positives.contiguous(), q = negatives.contiguous(), ap = d_ap.contiguous(), an = d_an.contiguous();
+  const at::Tensor g = grad_loss.contiguous(), count = at::zeros({1}, embeddings.options().dtype(at::kLong));
+  at::Tensor grad = at::empty(b.x.sizes(), b.x.options());
+  at::Tensor grad_ref = at::empty({ref_embeddings ? b.ref.size(0) : 0, b.x.size(1)}, b.x.options());
+  at::Tensor sorted, order;
+  LossGradient view = {};
+  view.batch = b.view;
+  view.positives = p.const_data_ptr<int32_t>();
+  view.negatives = q.const_data_ptr<int32_t>();
+  view.d_ap = ap.const_data_ptr();
+  view.d_an = an.const_data_ptr();
+  view.grad_loss = g.const_data_ptr();
+  view.count = reinterpret_cast<unsigned long long*>(count.mutable_data_ptr<int64_t>());
+  view.grad = grad.mutable_data_ptr();
+  view.grad_references = grad_ref.mutable_data_ptr();
+  if (embeddings.size(0) > kMostSearchedChoices) {
+    std::tie(sorted, order) = at::sort(at::cat({p, q}), /*stable=*/true, /*dim=*/0, /*descending=*/false);
+    view.sorted_choices = sorted.const_data_ptr<int32_t>();
+    view.choice_order = order.const_data_ptr<int64_t>();
+  }
+  triplet_gradient(view, options, stream);
+  return {grad, grad_ref};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(deepsim_ext, DEEPSIM_CUDA_KEY, m) {
+  m.impl("batch_hard_mine", batch_hard_mine);
+  m.impl("batch_hard_triplet_loss", batch_hard_triplet_loss);
+  m.impl("batch_hard_triplet_loss_backward", batch_hard_triplet_loss_backward);
+}
+
+}  // namespace deepsim::cuda

@@ -1,0 +1,182 @@
+// Rows made ready for the tensor cores: sorted by label, float32 ones centred, in the order in which tiles read them.
+//
+// An operand is [tiles][chunks][kTileRows rows][128 bytes]: a tile's share of a chunk of columns is one run of 16 KiB. The
+// 16-byte pieces of row r stand at piece ^ (r % 8), so that neither storing rows nor reading columns of shared memory meets a
+// bank twice. What a piece holds is told by the operand's type:
+//
+//   Plain<S>  eight elements of 16-bit rows as they are, or of float32 rows scaled by a power of two and rounded to 11 bits
+//   Split     four elements of float32 rows scaled by a power of two, each as the sum of two float16: [h h h h l l l l]
+//
+// Scaling brings the largest element of a row to 2^10 up to 2^11, so nothing overflows and what float16 cannot hold is below
+// 2^-34 of it. h + l has 22 bits. Products of Split rows i and j: [h l] times [h l] gives hh + ll, times [l h], which is the
+// same registers moved over two lanes, hl + lh. As each product of a step and its mirror image fall into one group of eight
+// that the hardware adds as one sum, the product of (i, j) has the bits of (j, i): equal rows tie exactly.
+#pragma once
+
+#include "rows.cuh"
+
+namespace deepsim::cuda {
+
+constexpr int kChunkBytes = 128;
+constexpr int kPieceBytes = 16;
+constexpr int kPieces = kChunkBytes / kPieceBytes;
+constexpr int64_t kChunkTileBytes = kTileRows * kChunkBytes;
+
+struct alignas(kPieceBytes) Piece {
+  uint16_t halves[kPieceBytes / 2];
+};
+
+template <class S>
+struct Plain {
+  using Element = S;
+  static constexpr int kElements = 8;  // of a row in a piece
+  static constexpr bool kSplit = false;
+  __device__ __forceinline__ static Piece encode(const float (&v)[8]) {
+    Piece piece;
+    for (int e = 0; e < 8; ++e) {
+      S out;
+      narrow(v[e], out);
+      piece.halves[e] = out.bits;
+    }
+    return piece;
+  }
+};
+
+struct Split {
+  using Element = Half;
+  static constexpr int kElements = 4;
+  static constexpr bool kSplit = true;
+  __device__ __forceinline__ static Piece encode(const float (&v)[4]) {
+    Piece piece;
+    for (int e = 0; e < 4; ++e) {
+      Half high, low;
+      narrow(v[e], high);
+      narrow(v[e] - widen(high), low);
+      piece.halves[e] = high.bits;
+      piece.halves[e + 4] = low.bits;
+    }
+    return piece;
+  }
+};
+
+// ---- the centre ----
+
+constexpr int kCentreColumns = 32;
+constexpr int kCentreThreads = 256;
+
+// sums[slice][k] = the sum of column k over every slices-th row, of normalised rows where there are norms.
+template <class S>
+__global__ void centre_sums_kernel(Rows x, const double* norms, int slices, double* sums) {
+  auto& partial = shared_memory<double[kCentreThreads / kCentreColumns][kCentreColumns]>();
+  const int64_t runs = (x.depth + kCentreColumns - 1) / kCentreColumns;
+  const int slice = int(blockIdx.x / runs), lane = int(threadIdx.x) % kCentreColumns, group = int(threadIdx.x) / kCentreColumns;
+  constexpr int kGroups = kCentreThreads / kCentreColumns;
+  const int64_t k = blockIdx.x % runs * kCentreColumns + lane;
+  double sum = 0;
+  if (k < x.depth) {
+    for (int64_t i = int64_t(slice) * kGroups + group; i < x.count; i += int64_t(slices) * kGroups) {
+      const double norm = norms ? norms[i] : 1.0;
+      sum += norm == 0 ? 0.0 : double(widen(row_of<S>(x, i)[k])) / norm;
+    }
+  }
+  partial[group][lane] = sum;
+  __syncthreads();
+  if (group != 0 || k >= x.depth) return;
+  for (int other = 1; other < kGroups; ++other) sum += partial[other][lane];
+  sums[slice * x.depth + k] = sum;
+}
+
+// The mean of the sets' means: with references both weigh the same, whatever their numbers. Any centre does as long as all rows
+// are moved by the same float.
+__global__ void centre_kernel(const double* sums, int slices, int64_t depth, int64_t anchors, int64_t references, bool self_form,
+                              float* centre) {
+  const int64_t k = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (k >= depth) return;
+  const auto mean = [&](int set, int64_t count) {
+    double sum = 0;
+    for (int s = 0; s < slices; ++s) sum += sums[(int64_t(set) * slices + s) * depth + k];
+    return sum / double(count);
+  };
+  centre[k] = float(self_form ? mean(0, anchors) : (mean(0, anchors) + mean(1, references)) / 2);
+}
+
+// ---- packing ----
+
+// The power of two that brings `largest` to [2^10, 2^11), within what a float can hold together with its inverse.
+__device__ __forceinline__ float scale_to_half(float largest) {
+  const int exponent = int(__float_as_uint(largest) >> 23 & 255);
+  return __uint_as_float(unsigned(254 + 10 - (exponent < 11 ? 11 : exponent)) << 23);
+}
+
+struct PackArguments {
+  Rows rows;
+  const double* norms;         // cosine only
+  const float* centre;         // null: rows stay as they are
+  PackedSet out;
+  const int64_t* column_labels;  // sorted labels of the references
+  int64_t column_count;
+  Flags* flags;
+};
+
+// One warp per packed row.
+//
+// label_id is twice the first position of the label among the references, or one less than that if it is not among them: equal
+// for equal labels, never equal for others, ascending. Rows of filling come last and are infinitely long: never a negative, and
+// positives of nobody but each other.
+template <class S, class Operand>
+__global__ void __launch_bounds__(kWarp * 8) pack_kernel(PackArguments p) {
+  const int64_t position = warp_index(), depth = p.rows.depth;
+  const int64_t chunks = (depth + kPieces * Operand::kElements - 1) / (kPieces * Operand::kElements);
+  if (position >= padded_rows(p.rows.count)) return;
+  const bool filling = position >= p.rows.count;
+  const int64_t row = filling ? 0 : p.out.order[position];
+  const S* x = row_of<S>(p.rows, row);
+  const bool zero_row = p.norms && p.flags->zero_row;
+  const bool normalised = p.norms && p.centre;
+  const double norm = p.norms && !filling ? p.norms[row] : 1.0, inverse_norm = norm == 0 ? 0.0 : 1 / norm;
+  const bool centred = p.centre && !zero_row;
+  const auto element = [&](int64_t k) {
+    if (filling || k >= depth) return 0.0f;
+    const float v = normalised ? float(double(widen(x[k])) * inverse_norm) : float(widen(x[k]));
+    return centred ? v - p.centre[k] : v;
+  };
+
+  double square = 0;
+  float largest = 0;
+  for (int64_t k = lane_index(); k < depth; k += kWarp) {
+    const float v = element(k);
+    square += double(v) * double(v);
+    largest = fmaxf(largest, std::fabs(v));
+  }
+  square = warp_sum(square);
+  for (int bits = kWarp / 2; bits > 0; bits /= 2) largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, bits));
+  const float factor = p.centre ? scale_to_half(largest) : 1.0f;
+
+  for (int64_t piece = lane_index(); piece < chunks * kPieces; piece += kWarp) {
+    float v[Operand::kElements];
+    for (int e = 0; e < Operand::kElements; ++e) v[e] = element(piece * Operand::kElements + e) * factor;
+    const int64_t chunk = position / kTileRows * chunks + piece / kPieces, r = position % kTileRows;
+    unsigned char* to = p.out.operand + chunk * kChunkTileBytes + r * kChunkBytes + ((piece % kPieces) ^ (r % 8)) * kPieceBytes;
+    *reinterpret_cast<Piece*>(to) = Operand::encode(v);
+  }
+
+  int64_t id = 0x7fffffff;
+  if (!filling) {
+    const int64_t label = p.out.sorted_labels[position];
+    const int64_t first = lower_bound(p.column_labels, p.column_count, label);
+    id = first < p.column_count && p.column_labels[first] == label ? 2 * first : 2 * first - 1;
+  }
+  if (lane_index() != 0) return;
+  float half_norm = float(square / 2), scale = 1 / factor;
+  if (zero_row || (p.norms && !p.centre)) half_norm = 0.5f;  // a zero row is at 1/2 + 1/2 - 0 from everyone
+  if (p.norms && !p.centre) scale = float(inverse_norm);
+  if (filling) half_norm = infinity<float>();
+  // Also where a float could not hold the distance of two such rows.
+  if (!filling && !(square / 2 < 3.402823466e38 / 8)) atomicOr(&p.flags->not_finite, 1);
+  p.out.half_norm[position] = half_norm;
+  p.out.scale[position] = scale;
+  p.out.label_id[position] = int32_t(id);
+  p.out.original[position] = filling ? kNobody : int32_t(row);
+}
+
+}  // namespace deepsim::cuda

@@ -1,0 +1,93 @@
+// Embedding rows in device code: access, sums over a warp, exact distances, norms.
+#pragma once
+
+#include <type_traits>
+
+#include "batch_hard.h"
+#include "device.cuh"
+
+namespace deepsim::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = ~0u;
+
+// The type of arithmetic on storage S.
+template <class S>
+using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
+template <class T>
+__device__ __forceinline__ T infinity() {
+  return T(__builtin_huge_val());
+}
+
+template <class T>
+__device__ __forceinline__ T not_a_number() {
+  return T(__builtin_nan(""));
+}
+
+__device__ __forceinline__ int lane_index() { return int(threadIdx.x) % kWarp; }
+
+// The number of this warp in the grid.
+__device__ __forceinline__ int64_t warp_index() { return (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp; }
+
+template <class S>
+__device__ __forceinline__ const S* row_of(const Rows& x, int64_t i) {
+  return static_cast<const S*>(x.data) + i * x.stride;
+}
+
+// The sum over the lanes, the same in all of them, in a fixed order.
+template <class T>
+__device__ __forceinline__ T warp_sum(T v) {
+  for (int bits = kWarp / 2; bits > 0; bits /= 2) v += __shfl_xor_sync(kAllLanes, v, bits);
+  return v;
+}
+
+// The distance of two rows by direct differences in double, by one warp. Norms are read for cosine only.
+template <class S>
+__device__ __forceinline__ double distance_between(const S* a, const S* b, int64_t depth, Distance distance, double norm_a,
+                                                   double norm_b) {
+  const bool cosine = distance == Distance::cosine;
+  if (cosine && (norm_a == 0 || norm_b == 0)) return 1;
+  const double scale_a = cosine ? 1 / norm_a : 1, scale_b = cosine ? 1 / norm_b : 1;
+  double square = 0;
+  for (int64_t k = lane_index(); k < depth; k += kWarp) {
+    const double difference = double(widen(a[k])) * scale_a - double(widen(b[k])) * scale_b;
+    square += difference * difference;
+  }
+  square = warp_sum(square);
+  if (distance == Distance::euclidean) return std::sqrt(square);
+  // |a/|a| - b/|b||^2 / 2 = 1 - cos, without its cancellation for nearly parallel rows.
+  return cosine ? square / 2 : square;
+}
+
+// The first position whose value is not less, by one warp: 32 probes at a time.
+template <class T>
+__device__ __forceinline__ int64_t lower_bound(const T* sorted, int64_t count, T value) {
+  int64_t low = 0, high = count;  // everything before low is less, everything from high on is not
+  while (low < high) {
+    const int64_t step = (high - low + kWarp - 1) / kWarp, probe = low + lane_index() * step;
+    const int less = __popc(__ballot_sync(kAllLanes, probe < high && sorted[probe] < value));
+    if (less == 0) return low;
+    const int64_t last_less = low + (less - 1) * step;
+    if (last_less + step < high) high = last_less + step;
+    low = last_less + 1;
+  }
+  return low;
+}
+
+template <class S>
+__global__ void norms_kernel(Rows x, double* norm, Flags* flags) {
+  const int64_t i = warp_index();
+  if (i >= x.count) return;
+  const S* row = row_of<S>(x, i);
+  double square = 0;
+  for (int64_t k = lane_index(); k < x.depth; k += kWarp) square += double(widen(row[k])) * double(widen(row[k]));
+  square = warp_sum(square);
+  if (lane_index() != 0) return;
+  const bool finite = square < infinity<double>();
+  if (!finite) atomicOr(&flags->not_finite, 1);
+  if (square == 0) atomicOr(&flags->zero_row, 1);
+  if (norm) norm[i] = finite ? std::sqrt(square) : not_a_number<double>();
+}
+
+}  // namespace deepsim::cuda

@@ -1,0 +1,295 @@
+// Runs CUDA device code on the CPU: every thread of a block is a fiber, blocks run one after another.
+//
+// What it is for is finding what a GPU would only sometimes show. Threads run in an order drawn from a seed and change over only
+// where they meet; asynchronous copies land as late as the code allows (or at once); shared memory starts as NaN. Threads that
+// wait at different barriers, lanes that reach different warp operations, and waiting that nobody can end are reported with the
+// lines where they stand. Built with ASan it finds accesses out of bounds, with TSan missing synchronisation: fibers are
+// announced to both, and only barriers and warp operations count as synchronisation.
+//
+// Not shown: what PTX text means, weak memory order, how a tensor core rounds (see ptx.h), speed.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "fiber.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __restrict__ __restrict
+#define __launch_bounds__(...)
+
+struct Dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+namespace emulator {
+
+// Where a seed and the landing of copies come from: set by a test, or EMULATOR_SEED and EMULATOR_EAGER=1.
+struct Options {
+  unsigned seed = 0;
+  bool lazy_copies = true;
+
+  static Options& current() {
+    static Options options = [] {
+      const char *seed = std::getenv("EMULATOR_SEED"), *eager = std::getenv("EMULATOR_EAGER");
+      return Options{seed ? unsigned(std::atoi(seed)) : 0u, !(eager && *eager == '1')};
+    }();
+    return options;
+  }
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+
+enum class State { ready, at_barrier, at_warp_operation, done };
+
+struct Thread {
+  Fiber fiber;
+  State state = State::ready;
+  int index = 0;
+  const char* where = "";
+  int line = 0;
+  std::vector<std::vector<Copy>> copies;  // committed groups, then the one that is open
+
+  int lane() const { return index % 32; }
+};
+
+// Lanes of one warp that wait for the others at the same operation.
+struct Meeting {
+  const char* operation = "";
+  int line = 0;
+  unsigned mask = 0, arrived = 0;
+  void* slot[32] = {};
+};
+
+struct Block {
+  Dim3 index, grid, size;
+  unsigned char* shared = nullptr;
+  size_t shared_bytes = 0;
+  std::vector<Thread> threads;
+  std::vector<Meeting> warps;
+  Thread* running = nullptr;
+  Fiber scheduler;
+  void (*entry)(void*) = nullptr;
+  void* argument = nullptr;
+  std::string error;
+  uint32_t random = 0;
+  char barrier = 0;  // its address stands for the barrier before TSan
+
+  uint32_t draw(uint32_t below) {
+    random = random * 1664525u + 1013904223u;
+    return (random >> 8) % below;
+  }
+};
+
+inline Block*& block() {
+  static thread_local Block* current = nullptr;
+  return current;
+}
+
+EMULATOR_NO_TSAN inline void to_scheduler() {
+  Thread& t = *block()->running;
+  t.fiber.switch_to(block()->scheduler, t.state == State::done);
+}
+
+[[noreturn]] EMULATOR_NO_TSAN inline void fail(const std::string& what) {
+  Block& b = *block();
+  if (b.error.empty()) {
+    b.error = what + " [block " + std::to_string(b.index.x) + ", thread " + std::to_string(b.running->index) + "]";
+  }
+  b.running->state = State::done;
+  to_scheduler();
+  std::abort();
+}
+
+EMULATOR_NO_TSAN inline void thread_main() {
+  Fiber::entered();
+  Block& b = *block();
+  acquire(&b.barrier);
+  b.entry(b.argument);
+  release(&b.barrier);
+  block()->running->state = State::done;
+  to_scheduler();
+  std::abort();
+}
+
+EMULATOR_NO_TSAN inline void resume(Block& b, Thread& t) {
+  b.running = &t;
+  b.scheduler.switch_to(t.fiber, false);
+  if (!b.error.empty()) throw std::runtime_error(b.error);
+}
+
+EMULATOR_NO_TSAN inline std::string standing(const Thread& t) {
+  return "thread " + std::to_string(t.index) + (t.state == State::done ? " has returned" : std::string(" at ") + t.where + " in line " + std::to_string(t.line));
+}
+
+// All live threads at the barrier, at the same one: on they go. False if that is not so yet.
+EMULATOR_NO_TSAN inline bool release_barrier(Block& b) {
+  const Thread* first = nullptr;
+  for (const Thread& t : b.threads) {
+    if (t.state == State::ready || t.state == State::at_warp_operation) return false;
+    if (t.state == State::at_barrier && first == nullptr) first = &t;
+  }
+  if (first == nullptr) return false;
+  for (const Thread& t : b.threads) {
+    if (t.state == State::done || t.line != first->line) {
+      throw std::runtime_error("divergent __syncthreads: " + standing(*first) + ", " + standing(t));
+    }
+  }
+  for (Thread& t : b.threads) t.state = State::ready;
+  return true;
+}
+
+// Even seeds shuffle the threads at every turn (0: in their order); odd seeds draw an order of warps once, and the first warp
+// that can run goes as far ahead of the others as it is able to.
+EMULATOR_NO_TSAN inline std::vector<int> first_order(Block& b, unsigned seed) {
+  std::vector<int> warps(b.warps.size()), order;
+  for (size_t w = 0; w < warps.size(); ++w) warps[w] = int(w);
+  if (seed % 2 == 1) {
+    for (size_t w = warps.size(); w > 1; --w) std::swap(warps[w - 1], warps[b.draw(uint32_t(w))]);
+  }
+  for (int w : warps)
+    for (int i = w * 32; i < std::min((w + 1) * 32, int(b.threads.size())); ++i) order.push_back(i);
+  return order;
+}
+
+EMULATOR_NO_TSAN inline void run_block(Block& b, unsigned seed) {
+  const int count = int(b.size.x);
+  b.random = seed * 2654435761u + b.index.x * 40503u + 12345u;
+  b.warps.assign((count + 31) / 32, Meeting{});
+  for (int i = 0; i < count; ++i) {
+    Thread& t = b.threads[i];
+    t.state = State::ready;
+    t.index = i;
+    t.copies.assign(1, {});
+    t.fiber.start(&thread_main);
+  }
+  std::memset(b.shared, 0xff, b.shared_bytes);  // NaN in every floating format
+  release(&b.barrier);
+  std::vector<int> order = first_order(b, seed);
+  for (;;) {
+    bool ran = false;
+    if (seed % 2 == 1) {
+      for (size_t k = 0; k < order.size(); ++k) {
+        if (b.threads[order[k]].state != State::ready) continue;
+        resume(b, b.threads[order[k]]);
+        ran = true;
+        k = size_t(-1);  // back to the first warp
+      }
+    } else {
+      if (seed != 0) {
+        for (size_t k = order.size(); k > 1; --k) std::swap(order[k - 1], order[b.draw(uint32_t(k))]);
+      }
+      for (int i : order) {
+        if (b.threads[i].state != State::ready) continue;
+        resume(b, b.threads[i]);
+        ran = true;
+      }
+    }
+    if (std::all_of(b.threads.begin(), b.threads.end(), [](const Thread& t) { return t.state == State::done; })) break;
+    if (release_barrier(b) || ran) continue;
+    std::string stuck = "deadlock: ";
+    for (const Thread& t : b.threads)
+      if (t.state != State::done && stuck.size() < 400) stuck += standing(t) + "; ";
+    throw std::runtime_error(stuck);
+  }
+  acquire(&b.barrier);
+}
+
+// Runs kernel() in every thread of every block; throws what went wrong.
+template <class Kernel>
+void launch(int64_t blocks, int threads, size_t shared_bytes, Kernel kernel) {
+  constexpr size_t kStackBytes = 256 * 1024;
+  Block b;
+  b.grid.x = unsigned(blocks);
+  b.size.x = unsigned(threads);
+  b.shared_bytes = shared_bytes;
+  b.threads.resize(threads);
+  for (Thread& t : b.threads) t.fiber.allocate(kStackBytes);
+  b.scheduler.adopt_caller();
+  // Exactly as large as asked for, so that ASan sees an access behind it.
+  b.shared = static_cast<unsigned char*>(std::aligned_alloc(1024, (shared_bytes + 1023) / 1024 * 1024));
+  poison(b.shared + shared_bytes, (1024 - shared_bytes % 1024) % 1024);
+  b.argument = &kernel;
+  b.entry = [](void* k) { (*static_cast<Kernel*>(k))(); };
+  Block* const outer = block();
+  block() = &b;
+  std::string error;
+  try {
+    for (int64_t i = 0; i < blocks; ++i) {
+      b.index.x = unsigned(i);
+      run_block(b, Options::current().seed);
+    }
+  } catch (const std::exception& e) {
+    error = e.what();
+  }
+  block() = outer;
+  unpoison(b.shared, (shared_bytes + 1023) / 1024 * 1024);
+  std::free(b.shared);
+  for (Thread& t : b.threads) t.fiber.free();
+  if (!error.empty()) throw std::runtime_error("emulator: " + error);
+}
+
+EMULATOR_NO_TSAN inline void barrier(int line) {
+  Thread& t = *block()->running;
+  t.state = State::at_barrier;
+  t.where = "__syncthreads";
+  t.line = line;
+  release(&block()->barrier);
+  to_scheduler();
+  acquire(&block()->barrier);
+}
+
+// The lanes of `mask` come together at one operation; the last to arrive carries it out on what all of them brought.
+template <class Execute>
+EMULATOR_NO_TSAN void warp_operation(const char* operation, int line, unsigned mask, void* slot, Execute execute) {
+  Block& b = *block();
+  Thread& t = *b.running;
+  Meeting& m = b.warps[t.index / 32];
+  if (!(mask >> t.lane() & 1)) fail(std::string(operation) + ": a lane that is not in its own mask");
+  if (m.arrived == 0) {
+    m.operation = operation;
+    m.line = line;
+    m.mask = mask;
+  } else if (std::strcmp(m.operation, operation) != 0 || m.line != line || m.mask != mask) {
+    fail(std::string("divergent warp: ") + operation + " in line " + std::to_string(line) + ", other lanes at " + m.operation +
+         " in line " + std::to_string(m.line));
+  }
+  m.arrived |= 1u << t.lane();
+  m.slot[t.lane()] = slot;
+  release(&m);
+  if (m.arrived != m.mask) {
+    t.state = State::at_warp_operation;
+    t.where = operation;
+    t.line = line;
+    to_scheduler();
+    acquire(&m);
+    return;
+  }
+  acquire(&m);
+  execute(m.slot);
+  m.arrived = 0;
+  release(&m);
+  for (int i = t.index / 32 * 32; i < std::min<int>(t.index / 32 * 32 + 32, int(b.threads.size())); ++i) {
+    if (b.threads[i].state == State::at_warp_operation && (mask >> (i % 32) & 1)) b.threads[i].state = State::ready;
+  }
+}
+
+}  // namespace emulator
+
+#include "cuda_builtins.h"
+#include "ptx.h"

@@ -1,0 +1,157 @@
+// A stack that can be switched to and from (x86-64), announced to the sanitizers.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#define EMULATOR_NO_TSAN __attribute__((no_sanitize("thread")))
+#else
+#define EMULATOR_NO_TSAN
+#endif
+
+#if !defined(__x86_64__)
+#error "the emulator switches stacks with x86-64 instructions"
+#endif
+
+// void emulator_switch(void** save, void* load): pushes what a function must preserve, keeps the stack pointer in *save and goes
+// on where `load` was kept.
+extern "C" void emulator_switch(void** save, void* load);
+asm(R"(
+.text
+.weak emulator_switch
+.type emulator_switch, @function
+emulator_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size emulator_switch, .-emulator_switch
+)");
+
+namespace emulator {
+
+// Everything before release(p) happens before everything after a later acquire(p).
+EMULATOR_NO_TSAN inline void release([[maybe_unused]] const void* p) {
+#if defined(__SANITIZE_THREAD__)
+  __tsan_release(const_cast<void*>(p));
+#endif
+}
+EMULATOR_NO_TSAN inline void acquire([[maybe_unused]] const void* p) {
+#if defined(__SANITIZE_THREAD__)
+  __tsan_acquire(const_cast<void*>(p));
+#endif
+}
+
+inline void poison([[maybe_unused]] void* p, [[maybe_unused]] size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_poison_memory_region(p, bytes);
+#endif
+}
+inline void unpoison([[maybe_unused]] void* p, [[maybe_unused]] size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(p, bytes);
+#endif
+}
+
+struct Fiber {
+  void* stack_pointer = nullptr;
+  char* stack = nullptr;
+  size_t stack_bytes = 0;
+#if defined(__SANITIZE_ADDRESS__)
+  const void* caller_stack = nullptr;  // learnt when the caller is left
+  size_t caller_bytes = 0;
+  static inline thread_local Fiber* left = nullptr;
+#endif
+#if defined(__SANITIZE_THREAD__)
+  void* tsan = nullptr;
+#endif
+
+  void allocate(size_t bytes) {
+    stack_bytes = bytes;
+    stack = static_cast<char*>(std::malloc(bytes));
+#if defined(__SANITIZE_THREAD__)
+    tsan = __tsan_create_fiber(0);
+#endif
+  }
+
+  void free() {
+    unpoison(stack, stack_bytes);
+    std::free(stack);
+#if defined(__SANITIZE_THREAD__)
+    __tsan_destroy_fiber(tsan);
+#endif
+  }
+
+  void adopt_caller() {
+#if defined(__SANITIZE_THREAD__)
+    tsan = __tsan_get_current_fiber();
+#endif
+  }
+
+  // Makes the next switch to this fiber call `entry`, which must not return.
+  EMULATOR_NO_TSAN void start(void (*entry)()) {
+    unpoison(stack, stack_bytes);
+    // As a call of entry would leave it: rsp + 8 is a multiple of 16 at its first instruction.
+    void** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(stack) + stack_bytes) & ~uintptr_t(15)) - 8;
+    for (int i = 0; i < 6; ++i) top[i] = nullptr;  // the six registers
+    top[6] = reinterpret_cast<void*>(entry);
+    stack_pointer = top;
+  }
+
+  // Leaves this fiber, for good if `finished`, for `next`.
+  EMULATOR_NO_TSAN void switch_to(Fiber& next, [[maybe_unused]] bool finished) {
+#if defined(__SANITIZE_ADDRESS__)
+    void* fake = nullptr;
+    left = this;
+    __sanitizer_start_switch_fiber(finished ? nullptr : &fake, next.stack ? next.stack : next.caller_stack,
+                                   next.stack ? next.stack_bytes : next.caller_bytes);
+#endif
+#if defined(__SANITIZE_THREAD__)
+    __tsan_switch_to_fiber(next.tsan, __tsan_switch_to_fiber_no_sync);
+#endif
+    emulator_switch(&stack_pointer, next.stack_pointer);
+#if defined(__SANITIZE_ADDRESS__)
+    arrived(fake);
+#endif
+  }
+
+  // To be called first by an entry.
+  EMULATOR_NO_TSAN static void entered() {
+#if defined(__SANITIZE_ADDRESS__)
+    arrived(nullptr);
+#endif
+  }
+
+#if defined(__SANITIZE_ADDRESS__)
+  static void arrived(void* fake) {
+    const void* from = nullptr;
+    size_t bytes = 0;
+    Fiber* previous = left;
+    __sanitizer_finish_switch_fiber(fake, &from, &bytes);
+    if (previous->stack == nullptr) {
+      previous->caller_stack = from;
+      previous->caller_bytes = bytes;
+    }
+  }
+#endif
+};
+
+}  // namespace emulator

@@ -1,0 +1,9 @@
+// deepsim_ext._C with the CUDA kernels in place of the CPU's, run by the emulator (tests/emulator/build.py).
+#define DEEPSIM_CUDA_ARCHITECTURES "emulated"
+#include "../../csrc/module.cpp"
+
+#include "../../csrc/cuda/batch_hard.cu"
+
+namespace deepsim::cpu {
+const char* capability() { return "CUDA kernels, emulated"; }
+}  // namespace deepsim::cpu

@@ -1,0 +1,123 @@
+// The wrappers of csrc/cuda/device.cuh, on top of the emulator. Layouts are those of the PTX ISA.
+#pragma once
+
+namespace deepsim::cuda {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float widen(float v) { return v; }
+inline double widen(double v) { return v; }
+inline float widen(BFloat16 v) { return __uint_as_float(uint32_t(v.bits) << 16); }
+inline float widen(Half v) {
+  const uint32_t sign = (v.bits & 0x8000u) << 16, exponent = v.bits >> 10 & 31, mantissa = v.bits & 1023;
+  if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | mantissa << 13);
+  if (exponent == 0) return (sign ? -1.0f : 1.0f) * float(mantissa) * 0x1p-24f;
+  return __uint_as_float(sign | (exponent + 112) << 23 | mantissa << 13);
+}
+
+inline void narrow(float v, float& out) { out = v; }
+inline void narrow(double v, double& out) { out = v; }
+inline void narrow(float v, BFloat16& out) {
+  const uint32_t u = __float_as_uint(v);
+  out.bits = v != v ? 0x7fff : uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+inline void narrow(float v, Half& out) {
+  const uint16_t sign = uint16_t(__float_as_uint(v) >> 16 & 0x8000u);
+  const float magnitude = std::fabs(v);
+  if (v != v) {
+    out.bits = 0x7fff;
+  } else if (magnitude >= 65520.0f) {
+    out.bits = sign | 0x7c00;
+  } else if (magnitude < 0x1p-14f) {  // subnormal: a multiple of 2^-24
+    out.bits = sign | uint16_t(std::nearbyint(magnitude * 0x1p24f));
+  } else {
+    const uint32_t u = __float_as_uint(magnitude);
+    out.bits = sign | uint16_t((u + 0xfff + (u >> 13 & 1) - (112u << 23)) >> 13);
+  }
+}
+
+namespace ptx {
+
+inline void cp_async_16(void* shared, const void* global) {
+  if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % 16) {
+    emulator::fail("cp_async_16: not 16-byte aligned");
+  }
+  const emulator::Copy copy{shared, global, 16};
+  if (emulator::Options::current().lazy_copies) {
+    emulator::block()->running->copies.back().push_back(copy);
+  } else {
+    std::memcpy(shared, global, 16);
+  }
+}
+inline void cp_async_commit() { emulator::block()->running->copies.emplace_back(); }
+template <int kPending>
+void cp_async_wait() {
+  auto& groups = emulator::block()->running->copies;
+  while (int(groups.size()) - 1 > kPending) {
+    for (const emulator::Copy& c : groups.front()) std::memcpy(c.to, c.from, c.bytes);
+    groups.erase(groups.begin());
+  }
+}
+
+inline void ldmatrix_x4_at(int line, uint32_t (&r)[4], const void* row) {
+  struct Slot {
+    const unsigned char* row;
+    uint32_t* r;
+  } slot{static_cast<const unsigned char*>(row), r};
+  if (reinterpret_cast<uintptr_t>(row) % 16) emulator::fail("ldmatrix: not 16-byte aligned");
+  emulator::warp_operation("ldmatrix", line, ~0u, &slot, [](void** slots) {
+    for (int matrix = 0; matrix < 4; ++matrix)
+      for (int l = 0; l < 32; ++l)
+        std::memcpy(&static_cast<Slot*>(slots[l])->r[matrix], static_cast<Slot*>(slots[matrix * 8 + l / 4])->row + l % 4 * 4, 4);
+  });
+}
+
+// The nearest float at or below |v|: tensor cores cut sums off.
+inline float toward_zero(double v) {
+  const float f = float(v);
+  return std::fabs(double(f)) > std::fabs(v) ? std::nextafterf(f, 0.0f) : f;
+}
+
+template <class S>
+void mma_at(int line, S, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Slot {
+    float* d;
+    const uint32_t *a, *b;
+  } slot{d, a, b};
+  emulator::warp_operation("mma", line, ~0u, &slot, [](void** slots) {
+    const auto element = [](uint32_t pair, int e) { return widen(S{uint16_t(pair >> (16 * e))}); };
+    float left[16][16], right[8][16];
+    for (int l = 0; l < 32; ++l) {
+      const Slot& s = *static_cast<Slot*>(slots[l]);
+      const int g = l / 4, t = l % 4;
+      for (int e = 0; e < 2; ++e) {
+        for (int r = 0; r < 4; ++r) left[g + r % 2 * 8][2 * t + e + r / 2 * 8] = element(s.a[r], e);
+        for (int r = 0; r < 2; ++r) right[g][2 * t + e + r * 8] = element(s.b[r], e);
+      }
+    }
+    for (int l = 0; l < 32; ++l) {
+      const Slot& s = *static_cast<Slot*>(slots[l]);
+      for (int r = 0; r < 4; ++r) {
+        const float *x = left[l / 4 + r / 2 * 8], *y = right[l % 4 * 2 + r % 2];
+        for (int k = 0; k < 16; k += 8) {  // eight products at a time, as if in one sum
+          double sum = s.d[r];
+          for (int i = k; i < k + 8; ++i) sum += double(x[i]) * double(y[i]);
+          s.d[r] = toward_zero(sum);
+        }
+      }
+    }
+  });
+}
+
+#define ldmatrix_x4(r, row) ldmatrix_x4_at(__LINE__, r, row)
+#define mma(type, d, a, b) mma_at(__LINE__, type, d, a, b)
+
+inline unsigned long long load_relaxed(const unsigned long long* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+
+}  // namespace ptx
+}  // namespace deepsim::cuda
