@@ -1,13 +1,15 @@
 """Builds deepsim_ext._C from csrc/ against the installed torch.
 
-DEEPSIM_CUDA=auto (default) builds CUDA kernels where there are any and nvcc is found, 0 leaves them out, 1
-makes their absence an error. This version has none yet.
+DEEPSIM_CUDA=auto (default) builds the CUDA kernels where nvcc is found, whether or not this torch or machine can run
+them; 0 leaves them out; 1 makes a missing nvcc an error. TORCH_CUDA_ARCH_LIST names other GPUs than the default.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from glob import glob
 from pathlib import Path
@@ -22,34 +24,97 @@ except ImportError:
         "    pip install --no-build-isolation ."
     )
 
+# Ampere and Hopper by name; the PTX is compiled by the driver of whatever is newer.
+ARCHITECTURES = "8.0 9.0a 8.0+PTX"
 
-def why_no_cuda() -> str:
-    """The reason for building without CUDA kernels; exits where DEEPSIM_CUDA=1 asks for them all the same."""
+
+def find_nvcc() -> str | None:
+    """The nvcc to build with. None: no CUDA kernels, for a reason that is printed."""
     wish = os.environ.get("DEEPSIM_CUDA", "auto")
     if wish not in ("auto", "0", "1"):
         sys.exit(f"deepsim_ext: DEEPSIM_CUDA must be auto, 0 or 1, got {wish!r}")
-    if wish == "0":
-        return "DEEPSIM_CUDA=0"
-    nvcc = Path(CUDA_HOME, "bin", "nvcc") if CUDA_HOME else None
-    found = (nvcc and nvcc.exists()) or shutil.which("nvcc")
-    reason = "this version has no CUDA kernels yet" if found else "nvcc was not found (set CUDA_HOME or PATH)"
+    at_home = Path(CUDA_HOME, "bin", "nvcc") if CUDA_HOME else None
+    found = str(at_home) if at_home and at_home.exists() else shutil.which("nvcc")
+    if wish != "0" and found:
+        return found
     if wish == "1":
-        sys.exit(f"deepsim_ext: DEEPSIM_CUDA=1, but {reason}")
-    return reason
+        sys.exit("deepsim_ext: DEEPSIM_CUDA=1, but nvcc was not found (set CUDA_HOME or PATH)")
+    reason = "DEEPSIM_CUDA=0" if wish == "0" else "nvcc was not found (set CUDA_HOME or PATH)"
+    print(f"deepsim_ext: building CPU kernels only: {reason}", file=sys.stderr)
+    return None
 
 
-print(f"deepsim_ext: building CPU kernels only: {why_no_cuda()}", file=sys.stderr)
+def cuda_runtime(nvcc: str) -> str:
+    """The static CUDA runtime of nvcc's toolkit, wherever distributions keep it."""
+    dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.*)$", dry_run.stderr, re.MULTILINE)
+    for folder in ("lib64", "lib", "targets/*/lib"):
+        for library in sorted(glob(f"{top[1]}/{folder}/libcudart_static.a")) if top else ():
+            return library
+    sys.exit(f"deepsim_ext: no libcudart_static.a beside {nvcc}; DEEPSIM_CUDA=0 builds without the CUDA kernels")
+
+
+def architecture_flags() -> tuple[list[str], str]:
+    """nvcc's options for the architectures asked for, and their names for build_info."""
+    flags, names = [], []
+    for entry in re.split(r"[ ;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or ARCHITECTURES):
+        match = re.fullmatch(r"(\d+)\.(\d[a-z]?)(\+PTX)?", entry)
+        if not match:
+            sys.exit(f"deepsim_ext: TORCH_CUDA_ARCH_LIST takes entries like 8.0, 9.0a or 8.0+PTX, got {entry!r}")
+        if int(match[1]) < 8:
+            sys.exit(f"deepsim_ext: the CUDA kernels need compute capability 8.0 or more, got {entry}")
+        number = match[1] + match[2]
+        targets = [f"sm_{number}"] if f"sm_{number}" not in names else []
+        targets += [f"compute_{number}"] if match[3] else []
+        for target in targets:
+            flags.append(f"-gencode=arch=compute_{number},code={target}")
+            names.append(target)
+    return flags, " ".join(names)
+
+
+class Build(BuildExtension):
+    """Compiles csrc/cuda/*.cu with nvcc first. They see no torch header, so that takes seconds and fits any torch."""
+
+    def build_extensions(self) -> None:
+        if NVCC:
+            # Before the runtime, which is an archive: only what is asked for by then is taken from it.
+            self.extensions[0].extra_objects[:0] = self.cuda_objects()
+        super().build_extensions()
+
+    def cuda_objects(self) -> list[str]:
+        options = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", *ARCHITECTURE_FLAGS]
+        newest = max(Path(f).stat().st_mtime for f in [__file__, *glob("csrc/cuda/*"), *glob("csrc/common/*")])
+        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
+        running, objects = [], []
+        for source in sorted(glob("csrc/cuda/*.cu")):
+            target = Path(self.build_temp, Path(source).stem + "_cu.o")
+            objects.append(str(target))
+            if target.exists() and target.stat().st_mtime > newest:
+                continue
+            command = [NVCC, *options, "-c", source, "-o", str(target)]
+            running.append(subprocess.Popen(command))
+        if any([process.wait() for process in running]):
+            sys.exit("deepsim_ext: nvcc failed; DEEPSIM_CUDA=0 builds without the CUDA kernels")
+        return objects
+
+
+NVCC = find_nvcc()
+ARCHITECTURE_FLAGS, ARCHITECTURE_NAMES = architecture_flags() if NVCC else ([], "")
+if NVCC:
+    print(f"deepsim_ext: building CUDA kernels for {ARCHITECTURE_NAMES} with {NVCC}", file=sys.stderr)
 
 openmp = ["-fopenmp"] if sys.platform == "linux" else []
 setup(
     ext_modules=[
         CppExtension(
             "deepsim_ext._C",
-            sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
+            sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp") + (glob("csrc/cuda/*.cpp") if NVCC else [])),
             extra_compile_args=["-O3", "-fvisibility=hidden", "-Wno-psabi", *openmp],
             extra_link_args=openmp,
-            define_macros=[("DEEPSIM_CUDA_ARCHITECTURES", '""')],
+            define_macros=[("DEEPSIM_CUDA_ARCHITECTURES", f'"{ARCHITECTURE_NAMES}"')],
+            extra_objects=[cuda_runtime(NVCC)] if NVCC else [],
+            libraries=["rt", "dl", "pthread"] if NVCC else [],
         )
     ],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": Build},
 )

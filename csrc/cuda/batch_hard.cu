@@ -67,7 +67,7 @@ void find_centre(const Batch& batch, const TileMining& mining, void* stream) {
          batch.references.count, batch.self_form, mining.centre);
 }
 
-// Blocks beyond this walk over several tiles each.
+// Of one launch; CUDA takes fewer than 2^31.
 constexpr int64_t kMostBlocks = int64_t(1) << 30;
 
 template <class S, class Operand>
@@ -79,13 +79,15 @@ void mine_packed(const Batch& batch, const TileMining& mining, void* stream) {
   a.columns = mining.references;
   a.row_tiles = padded_rows(batch.anchors.count) / kTileRows;
   a.column_tiles = padded_rows(batch.references.count) / kTileRows;
-  a.chunks = operand_row_bytes(batch.storage, batch.anchors.depth, mining.single_pass) / kChunkBytes;
+  a.chunks = int(operand_row_bytes(batch.storage, batch.anchors.depth, mining.single_pass) / kChunkBytes);
   a.self_form = batch.self_form;
   a.positive = mining.positive;
   a.negative = mining.negative;
   const int64_t down = blocks_for(a.row_tiles, kSquare), across = blocks_for(a.column_tiles, kSquare);
   const int64_t tiles = (a.self_form ? down * (down + 1) / 2 : down * across) * kSquare * kSquare;
-  launch(mine_tiles_kernel<Operand>, std::min(tiles, kMostBlocks), kTileThreads, sizeof(TileShared), stream, a, tiles);
+  for (int64_t first = 0; first < tiles; first += kMostBlocks) {
+    launch(mine_tiles_kernel<Operand>, std::min(tiles - first, kMostBlocks), kTileThreads, sizeof(TileShared), stream, a, first);
+  }
 }
 
 }  // namespace

@@ -54,7 +54,7 @@ __device__ __forceinline__ void load_direct(const Rows& x, const double* norms, 
 }
 
 template <class S>
-__global__ void __launch_bounds__(kDirectThreads) mine_direct_kernel(Batch batch, DirectFound found) {
+__global__ void __launch_bounds__(kDirectThreads, 2) mine_direct_kernel(Batch batch, DirectFound found) {
   using T = Compute<S>;
   auto& shared = shared_memory<DirectShared<T>>();
   const int64_t anchors = batch.anchors.count, references = batch.references.count, depth = batch.anchors.depth;

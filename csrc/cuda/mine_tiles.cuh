@@ -31,7 +31,8 @@ struct TileShared {
 
 struct TileArguments {
   PackedSet rows, columns;
-  int64_t row_tiles, column_tiles, chunks;
+  int64_t row_tiles, column_tiles;
+  int chunks;  // of a row of the operands
   bool self_form;
   unsigned long long *positive, *negative;
 };
@@ -218,34 +219,32 @@ __device__ __forceinline__ void search_tile(const TileShared& shared, Accumulato
   }
 }
 
+// Block b works on tile first + b.
 template <class Operand>
-__global__ void __launch_bounds__(kTileThreads, 2) mine_tiles_kernel(TileArguments a, int64_t tiles) {
+__global__ void __launch_bounds__(kTileThreads, 2) mine_tiles_kernel(TileArguments a, int64_t first) {
   auto& shared = shared_memory<TileShared>();
+  const TileIndex tile = tile_index(first + blockIdx.x, a);
+  if (tile.row >= a.row_tiles || tile.column >= a.column_tiles || (a.self_form && tile.row > tile.column)) return;
+  load_description(shared, a, tile);
+  const unsigned char* rows = a.rows.operand + tile.row * a.chunks * kChunkTileBytes;
+  const unsigned char* columns = a.columns.operand + tile.column * a.chunks * kChunkTileBytes;
+  const auto load = [&](int chunk) {
+    if (chunk < a.chunks) {
+      load_stage(shared.stage[chunk % kStages], rows + chunk * kChunkTileBytes, columns + chunk * kChunkTileBytes);
+    }
+    ptx::cp_async_commit();  // a group for every chunk, also where there is none, keeps the count right
+  };
+  Accumulators products = {};
+  for (int chunk = 0; chunk < kStages - 1; ++chunk) load(chunk);
+  for (int chunk = 0; chunk < a.chunks; ++chunk) {
+    ptx::cp_async_wait<kStages - 2>();
+    __syncthreads();  // the chunk is there for all, and all are through with the one whose place is filled next
+    load(chunk + kStages - 1);
+    multiply_stage<Operand>(products, shared.stage[chunk % kStages]);
+  }
   const int lane = lane_index(), warp = int(threadIdx.x) / kWarp;
   const Fragment fragment{warp / kWarpsAcross * kWarpRows + lane / 4, warp % kWarpsAcross * kWarpColumns + lane % 4 * 2};
-  for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
-    const TileIndex tile = tile_index(t, a);
-    if (tile.row >= a.row_tiles || tile.column >= a.column_tiles || (a.self_form && tile.row > tile.column)) continue;
-    __syncthreads();  // everybody is through with the tile before
-    load_description(shared, a, tile);
-    const unsigned char* rows = a.rows.operand + tile.row * a.chunks * kChunkTileBytes;
-    const unsigned char* columns = a.columns.operand + tile.column * a.chunks * kChunkTileBytes;
-    const auto load = [&](int64_t chunk) {
-      if (chunk < a.chunks) {
-        load_stage(shared.stage[chunk % kStages], rows + chunk * kChunkTileBytes, columns + chunk * kChunkTileBytes);
-      }
-      ptx::cp_async_commit();  // a group for every chunk, also where there is none, keeps the count right
-    };
-    Accumulators products = {};
-    for (int chunk = 0; chunk < kStages - 1; ++chunk) load(chunk);
-    for (int64_t chunk = 0; chunk < a.chunks; ++chunk) {
-      ptx::cp_async_wait<kStages - 2>();
-      __syncthreads();  // the chunk is there for all, and all are through with the one whose place is filled next
-      load(chunk + kStages - 1);
-      multiply_stage<Operand>(products, shared.stage[chunk % kStages]);
-    }
-    search_tile(shared, products, fragment, a, tile);
-  }
+  search_tile(shared, products, fragment, a, tile);
 }
 
 }  // namespace deepsim::cuda

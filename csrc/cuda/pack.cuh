@@ -124,7 +124,7 @@ struct PackArguments {
 // for equal labels, never equal for others, ascending. Rows of filling come last and are infinitely long: never a negative, and
 // positives of nobody but each other.
 template <class S, class Operand>
-__global__ void __launch_bounds__(kWarp * 8) pack_kernel(PackArguments p) {
+__global__ void __launch_bounds__(kWarp * 8, 4) pack_kernel(PackArguments p) {
   const int64_t position = warp_index(), depth = p.rows.depth;
   const int64_t chunks = (depth + kPieces * Operand::kElements - 1) / (kPieces * Operand::kElements);
   if (position >= padded_rows(p.rows.count)) return;

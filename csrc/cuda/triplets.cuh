@@ -64,7 +64,7 @@ __device__ __forceinline__ T anchor_loss(const TripletLoss<T>& loss, int32_t pos
 
 // One warp per anchor. The block that is last to finish adds up the losses, in an order that depends on their number only.
 template <class S, class Choices>
-__global__ void __launch_bounds__(kRowThreads) finish_kernel(Batch batch, Choices choices, Triplets out, LossOptions options) {
+__global__ void __launch_bounds__(kRowThreads, 2) finish_kernel(Batch batch, Choices choices, Triplets out, LossOptions options) {
   using T = Compute<S>;
   const int64_t p = warp_index(), n = batch.anchors.count;
   const TripletLoss<T> loss{T(options.margin), options.soft};
@@ -256,7 +256,7 @@ constexpr int64_t kManyUses = 64;
 
 // One warp per row and run of kGradientColumns columns: what its own triplet and those who chose it contribute.
 template <class S, bool kOwn, bool kUses>
-__global__ void __launch_bounds__(kRowThreads) gradient_kernel(LossGradient g, LossOptions options, void* grad, int64_t rows) {
+__global__ void __launch_bounds__(kRowThreads, 2) gradient_kernel(LossGradient g, LossOptions options, void* grad, int64_t rows) {
   using T = Compute<S>;
   auto& shared = shared_memory<GradientShared>();
   const int64_t row_blocks = (rows + kRowWarps - 1) / kRowWarps, depth = g.batch.anchors.depth;
