@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "device.cuh"
+#include "dispatch.cuh"
 #include "mine_direct.cuh"
 #include "mine_tiles.cuh"
 #include "pack.cuh"
@@ -11,19 +11,6 @@
 
 namespace deepsim::cuda {
 namespace {
-
-int64_t blocks_for(int64_t items, int64_t per_block) { return (items + per_block - 1) / per_block; }
-
-// Calls f with a value of the storage's element type.
-template <class F>
-void dispatch(Storage storage, F f) {
-  switch (storage) {
-    case Storage::float32: return f(float{});
-    case Storage::float64: return f(double{});
-    case Storage::bfloat16: return f(BFloat16{});
-    case Storage::float16: return f(Half{});
-  }
-}
 
 constexpr int kWarpKernelThreads = 256;
 constexpr int kWarpKernelRows = kWarpKernelThreads / kWarp;

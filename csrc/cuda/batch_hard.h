@@ -9,10 +9,9 @@
 
 #include "../common/distance.h"
 #include "../common/triplet_loss.h"
+#include "storage.h"
 
 namespace deepsim::cuda {
-
-enum class Storage { float32, float64, bfloat16, float16 };
 
 // A [count, depth] matrix, rows `stride` elements apart, elements of a row adjacent.
 struct Rows {

@@ -13,6 +13,7 @@
 #include "../common/checks.h"
 #include "backend.h"
 #include "batch_hard.h"
+#include "storage_of.h"
 
 namespace deepsim::cuda {
 namespace {
@@ -36,15 +37,6 @@ Mining mining_for(at::ScalarType type, int64_t anchors, int64_t references) {
     return *wanted == 'd' ? Mining::direct : Mining::tiles;
   }
   return anchors <= kMostDirectRows && references <= kMostDirectRows ? Mining::direct : Mining::tiles;
-}
-
-Storage storage_of(at::ScalarType type) {
-  switch (type) {
-    case at::kDouble: return Storage::float64;
-    case at::kBFloat16: return Storage::bfloat16;
-    case at::kHalf: return Storage::float16;
-    default: return Storage::float32;
-  }
 }
 
 at::Tensor with_adjacent_columns(const at::Tensor& x) { return x.size(1) == 1 || x.stride(1) == 1 ? x : x.contiguous(); }

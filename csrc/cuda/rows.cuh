@@ -1,31 +1,10 @@
-// Embedding rows in device code: access, sums over a warp, exact distances, norms.
+// Embedding rows in device code: access, exact distances, norms.
 #pragma once
 
-#include <type_traits>
-
 #include "batch_hard.h"
-#include "device.cuh"
+#include "warp.cuh"
 
 namespace deepsim::cuda {
-
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = ~0u;
-
-// The type of arithmetic on storage S.
-template <class S>
-using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
-
-template <class T>
-__device__ __forceinline__ T infinity() {
-  return T(__builtin_huge_val());
-}
-
-template <class T>
-__device__ __forceinline__ T not_a_number() {
-  return T(__builtin_nan(""));
-}
-
-__device__ __forceinline__ int lane_index() { return int(threadIdx.x) % kWarp; }
 
 // The number of this warp in the grid.
 __device__ __forceinline__ int64_t warp_index() { return (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp; }
@@ -33,13 +12,6 @@ __device__ __forceinline__ int64_t warp_index() { return (int64_t(blockIdx.x) * 
 template <class S>
 __device__ __forceinline__ const S* row_of(const Rows& x, int64_t i) {
   return static_cast<const S*>(x.data) + i * x.stride;
-}
-
-// The sum over the lanes, the same in all of them, in a fixed order.
-template <class T>
-__device__ __forceinline__ T warp_sum(T v) {
-  for (int bits = kWarp / 2; bits > 0; bits /= 2) v += __shfl_xor_sync(kAllLanes, v, bits);
-  return v;
 }
 
 // The distance of two rows by direct differences in double, by one warp. Norms are read for cosine only.

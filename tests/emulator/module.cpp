@@ -3,6 +3,7 @@
 #include "../../csrc/module.cpp"
 
 #include "../../csrc/cuda/batch_hard.cu"
+#include "../../csrc/cuda/gram.cu"
 
 namespace deepsim::cpu {
 const char* capability() { return "CUDA kernels, emulated"; }

@@ -114,6 +114,34 @@ void mma_at(int line, S, float (&d)[4], const uint32_t (&a)[4], const uint32_t (
   });
 }
 
+inline void mma_tf32_at(int line, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Slot {
+    float* d;
+    const uint32_t *a, *b;
+  } slot{d, a, b};
+  emulator::warp_operation("mma_tf32", line, ~0u, &slot, [](void** slots) {
+    const auto tf32 = [](uint32_t bits) { return __uint_as_float(bits & 0xffffe000u); };
+    float left[16][8], right[8][8];
+    for (int l = 0; l < 32; ++l) {
+      const Slot& s = *static_cast<Slot*>(slots[l]);
+      for (int r = 0; r < 4; ++r) left[l / 4 + r % 2 * 8][l % 4 + r / 2 * 4] = tf32(s.a[r]);
+      for (int r = 0; r < 2; ++r) right[l / 4][l % 4 + r * 4] = tf32(s.b[r]);
+    }
+    for (int l = 0; l < 32; ++l) {
+      const Slot& s = *static_cast<Slot*>(slots[l]);
+      for (int r = 0; r < 4; ++r) {
+        const float *x = left[l / 4 + r / 2 * 8], *y = right[l % 4 * 2 + r % 2];
+        for (int k = 0; k < 8; k += 4) {  // four products at a time
+          double sum = s.d[r];
+          for (int i = k; i < k + 4; ++i) sum += double(x[i]) * double(y[i]);
+          s.d[r] = toward_zero(sum);
+        }
+      }
+    }
+  });
+}
+
+#define mma_tf32(d, a, b) mma_tf32_at(__LINE__, d, a, b)
 #define ldmatrix_x4(r, row) ldmatrix_x4_at(__LINE__, r, row)
 #define mma(type, d, a, b) mma_at(__LINE__, type, d, a, b)
 
