@@ -128,7 +128,10 @@ void finish_direct(const Batch& batch, const DirectFound& found, const Triplets&
 
 void finish_tiles(const Batch& batch, const TileMining& mining, const Triplets& out, const LossOptions& options, void* stream) {
   dispatch(batch.storage, [&](auto s) {
-    finish<decltype(s)>(batch, TileChoices{mining.positive, mining.negative, mining.anchors.original}, out, options, stream);
+    using S = decltype(s);
+    if constexpr (!std::is_same_v<S, double>) {  // of which there are no tiles
+      finish<S>(batch, TileChoices{mining.positive, mining.negative, mining.anchors.original}, out, options, stream);
+    }
   });
 }
 

@@ -19,8 +19,9 @@ constexpr int kTileThreads = 256;
 constexpr int kWarpRows = 64, kWarpColumns = 32;
 constexpr int kWarpsAcross = int(kTileRows) / kWarpColumns;
 constexpr int kRowFragments = kWarpRows / 16, kColumnFragments = kWarpColumns / 8;
-// Three chunks in flight hide a trip to L2: two blocks take 200 of the 227 KiB of a Hopper multiprocessor.
-constexpr int kStages = 3;
+// One chunk is on its way while one is multiplied; the second block on the multiprocessor hides the rest. A third would leave room
+// for one block only on an A100, and for none on GPUs with 100 KiB.
+constexpr int kStages = 2;
 
 struct TileShared {
   unsigned char stage[kStages][2][kChunkTileBytes];

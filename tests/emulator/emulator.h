@@ -1,4 +1,4 @@
-// Runs CUDA device code on the CPU: every thread of a block is a fiber, blocks run one after another.
+// Runs CUDA device code on the CPU: every thread of a block is a fiber, and every core runs one block after another.
 //
 // What it is for is finding what a GPU would only sometimes show. Threads run in an order drawn from a seed and change over only
 // where they meet; asynchronous copies land as late as the code allows (or at once); shared memory starts as NaN. Threads that
@@ -18,6 +18,7 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "fiber.h"
@@ -210,9 +211,9 @@ EMULATOR_NO_TSAN inline void run_block(Block& b, unsigned seed) {
   acquire(&b.barrier);
 }
 
-// Runs kernel() in every thread of every block; throws what went wrong.
+// Runs kernel() in every thread of blocks first, first + step, ... and returns what went wrong.
 template <class Kernel>
-void launch(int64_t blocks, int threads, size_t shared_bytes, Kernel kernel) {
+std::string run_blocks(int64_t first, int64_t step, int64_t blocks, int threads, size_t shared_bytes, Kernel kernel) {
   constexpr size_t kStackBytes = 256 * 1024;
   Block b;
   b.grid.x = unsigned(blocks);
@@ -222,26 +223,41 @@ void launch(int64_t blocks, int threads, size_t shared_bytes, Kernel kernel) {
   for (Thread& t : b.threads) t.fiber.allocate(kStackBytes);
   b.scheduler.adopt_caller();
   // Exactly as large as asked for, so that ASan sees an access behind it.
-  b.shared = static_cast<unsigned char*>(std::aligned_alloc(1024, (shared_bytes + 1023) / 1024 * 1024));
-  poison(b.shared + shared_bytes, (1024 - shared_bytes % 1024) % 1024);
+  const size_t allocated = (shared_bytes + 1024) / 1024 * 1024;
+  b.shared = static_cast<unsigned char*>(std::aligned_alloc(1024, allocated));
+  poison(b.shared + shared_bytes, allocated - shared_bytes);
   b.argument = &kernel;
   b.entry = [](void* k) { (*static_cast<Kernel*>(k))(); };
-  Block* const outer = block();
   block() = &b;
   std::string error;
   try {
-    for (int64_t i = 0; i < blocks; ++i) {
+    for (int64_t i = first; i < blocks; i += step) {
       b.index.x = unsigned(i);
       run_block(b, Options::current().seed);
     }
   } catch (const std::exception& e) {
     error = e.what();
   }
-  block() = outer;
-  unpoison(b.shared, (shared_bytes + 1023) / 1024 * 1024);
+  block() = nullptr;
+  unpoison(b.shared, allocated);
   std::free(b.shared);
   for (Thread& t : b.threads) t.fiber.free();
-  if (!error.empty()) throw std::runtime_error("emulator: " + error);
+  return error;
+}
+
+// All blocks, shared out among the processor's cores; throws what went wrong first.
+template <class Kernel>
+void launch(int64_t blocks, int threads, size_t shared_bytes, Kernel kernel) {
+  const int64_t workers = std::min<int64_t>(blocks, std::max(1u, std::thread::hardware_concurrency()));
+  std::vector<std::string> errors(workers);
+  std::vector<std::thread> others;
+  for (int64_t w = 1; w < workers; ++w) {
+    others.emplace_back([&, w] { errors[w] = run_blocks(w, workers, blocks, threads, shared_bytes, kernel); });
+  }
+  errors[0] = run_blocks(0, workers, blocks, threads, shared_bytes, kernel);
+  for (std::thread& t : others) t.join();
+  for (const std::string& error : errors)
+    if (!error.empty()) throw std::runtime_error("emulator: " + error);
 }
 
 EMULATOR_NO_TSAN inline void barrier(int line) {

@@ -80,7 +80,7 @@ inline void ldmatrix_x4_at(int line, uint32_t (&r)[4], const void* row) {
 // The nearest float at or below |v|: tensor cores cut sums off.
 inline float toward_zero(double v) {
   const float f = float(v);
-  return std::fabs(double(f)) > std::fabs(v) ? std::nextafterf(f, 0.0f) : f;
+  return std::fabs(double(f)) > std::fabs(v) ? __uint_as_float(__float_as_uint(f) - 1) : f;
 }
 
 template <class S>

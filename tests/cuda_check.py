@@ -1,0 +1,194 @@
+"""What nvcc makes of the CUDA kernels: `make cuda-check`. Needs nvcc and nvdisasm, no GPU.
+
+Compiles every csrc/cuda/*.cu for each architecture and prints a table of the kernels: registers, shared memory, blocks that
+fit on a multiprocessor at once, tensor-core instructions. Fails on a warning, a spill, local memory, a kernel that should use
+tensor cores and does not, a kernel of which fewer blocks fit than its design counts on, and a kernel it has not heard of.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# Shared memory of a multiprocessor in bytes. Every block takes 1 KiB more than it asks for.
+SHARED_BYTES = {"sm_80": 164 * 1024, "sm_90a": 228 * 1024}
+# The most that one block may have on GPUs with compute capability 8.6 and 8.9.
+MOST_SHARED_BYTES = 99 * 1024
+REGISTERS, MOST_THREADS, SYSTEM_SHARED_BYTES = 65536, 2048, 1024
+
+# The largest dynamic shared memory that a kernel is launched with, by its name in the source.
+SHARED_SOURCE = """
+#include "csrc/cuda/batch_hard.cu"
+#include "csrc/cuda/gram.cu"
+using namespace deepsim::cuda;
+int main() {
+  std::printf("centre_sums_kernel %zu\\n", kCentreThreads * sizeof(double));
+  std::printf("mine_direct_kernel %zu\\n", sizeof(DirectShared<double>));
+  std::printf("mine_tiles_kernel %zu\\n", sizeof(TileShared));
+  std::printf("finish_kernel %zu\\n", sizeof(LossShared<double>));
+  std::printf("gradient_kernel %zu\\n", sizeof(GradientShared));
+  std::printf("gram_tiles_kernel %zu\\n", sizeof(ProductShared<TensorProduct<true, true>>));
+  std::printf("gram_gradient_kernel %zu\\n", sizeof(ProductShared<TensorProduct<true, true>>));
+  std::printf("gram_reduce_kernel %zu\\n", sizeof(ReduceShared));
+}
+"""
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a kernel must show. All are launched with 256 threads."""
+
+    tensor_cores: bool = False
+    least_blocks: int = 1
+
+
+EXPECTATIONS = {
+    "norms_kernel": Expectation(),
+    "centre_sums_kernel": Expectation(),
+    "centre_kernel": Expectation(),
+    "pack_kernel": Expectation(),
+    "mine_direct_kernel": Expectation(least_blocks=2),
+    "mine_tiles_kernel": Expectation(tensor_cores=True, least_blocks=2),
+    "finish_kernel": Expectation(least_blocks=2),
+    "count_kernel": Expectation(),
+    "gradient_kernel": Expectation(least_blocks=2),
+    "gram_tiles_kernel": Expectation(tensor_cores=True, least_blocks=2),
+    "gram_reduce_kernel": Expectation(),
+    "symmetrise_kernel": Expectation(),
+    "gram_gradient_kernel": Expectation(tensor_cores=True, least_blocks=2),
+}
+THREADS = 256
+
+
+@dataclass
+class Kernel:
+    """One compiled kernel."""
+
+    architecture: str
+    symbol: str  # mangled
+    registers: int
+    stack: int  # bytes
+    spills: int  # bytes
+    tensor: int = 0  # instructions
+    local: int = 0  # instructions
+
+    @property
+    def name(self) -> str:
+        return re.search(r"\d([a-z][a-z_]*_kernel)", self.symbol)[1]
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is the float64 version, which has no use for tensor cores."""
+        return "PlainProduct" in self.symbol
+
+
+def run(*command: str | Path) -> str:
+    """What a command prints; ends the check if it fails."""
+    process = subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True)
+    if process.returncode != 0:
+        sys.exit(f"cuda-check: {command[0]} failed:\n{process.stdout}{process.stderr}")
+    return process.stdout + process.stderr
+
+
+def find(tool: str) -> str:
+    """A tool on the path, or among Python's packages as NVIDIA's wheels bring it."""
+    packages = Path(sysconfig.get_paths()["purelib"], "nvidia")
+    for candidate in [shutil.which(tool), *packages.glob(f"*/bin/{tool}"), *packages.glob(f"*/*/bin/{tool}")]:
+        if candidate:
+            return str(candidate)
+    sys.exit(f"cuda-check: {tool} was not found (nvdisasm comes with pip install nvidia-cuda-nvdisasm)")
+
+
+def kernels_of(log: str, architecture: str) -> Iterator[Kernel]:
+    """The kernels in ptxas's report."""
+    pattern = (
+        r"Compiling entry function '(\w+)' for '\w+'.*?(\d+) bytes stack frame, (\d+) bytes spill stores,"
+        r" (\d+) bytes spill loads.*?Used (\d+) registers"
+    )
+    for match in re.finditer(pattern, log, re.DOTALL):
+        stack, stores, loads, registers = (int(n) for n in match.groups()[1:])
+        yield Kernel(architecture, match[1], registers, stack, stores + loads)
+
+
+def compile_for(source: Path, architecture: str, folder: Path) -> list[Kernel]:
+    """Compiles one file for one architecture, and counts instructions in what came out."""
+    cubin = folder / f"{source.stem}.{architecture}.cubin"
+    options = ["-std=c++17", "-O3", f"-arch={architecture}", "-cubin", "-Werror=all-warnings"]
+    log = run(find("nvcc"), *options, "-Xptxas=-v,-warn-spills,-warn-lmem-usage", source, "-o", cubin)
+    kernels = list(kernels_of(log, architecture))
+    sections = re.split(r"^\s*\.section\s+\.text\.(\w+)", run(find("nvdisasm"), cubin), flags=re.MULTILINE)
+    code = dict(zip(sections[1::2], sections[2::2], strict=True))
+    for kernel in kernels:
+        kernel.tensor = len(re.findall(r"\b(?:HMMA|HGMMA)\b", code[kernel.symbol]))
+        kernel.local = len(re.findall(r"\b(?:STL|LDL)\b", code[kernel.symbol]))
+    return kernels
+
+
+def shared_bytes(folder: Path) -> dict[str, int]:
+    """Dynamic shared memory by kernel, from the structs themselves."""
+    source, program = folder / "shared.cpp", folder / "shared"
+    source.write_text(SHARED_SOURCE)
+    run("g++", "-std=c++17", f"-I{ROOT}", f"-I{ROOT / 'tests' / 'emulator'}", "-Wno-psabi", source, "-o", program)
+    return {name: int(size) for name, size in (line.split() for line in run(program).splitlines())}
+
+
+def blocks_per_multiprocessor(kernel: Kernel, shared: int) -> int:
+    """How many blocks run at once, by registers (given out to warps by the 256), shared memory and threads."""
+    by_registers = REGISTERS // (THREADS * -(-kernel.registers // 8) * 8)
+    by_shared = SHARED_BYTES[kernel.architecture] // (shared + SYSTEM_SHARED_BYTES)
+    return min(by_registers, by_shared, MOST_THREADS // THREADS)
+
+
+def complaints(kernel: Kernel, shared: int, blocks: int) -> Iterator[str]:
+    """What is wrong with a kernel."""
+    expected = EXPECTATIONS.get(kernel.name)
+    if expected is None:
+        yield "not listed in EXPECTATIONS"
+        return
+    if kernel.spills or kernel.stack or kernel.local:
+        yield f"{kernel.spills} bytes spilled, {kernel.stack} bytes of stack, {kernel.local} local accesses"
+    if expected.tensor_cores and not kernel.plain and not kernel.tensor:
+        yield "no tensor-core instruction"
+    if shared > MOST_SHARED_BYTES:
+        yield f"{shared} bytes of shared memory, more than the {MOST_SHARED_BYTES} of smaller GPUs"
+    if blocks < expected.least_blocks:
+        yield f"{blocks} blocks fit on a multiprocessor, fewer than {expected.least_blocks}"
+
+
+def main() -> int:
+    """Prints the table and what is wrong."""
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor() as pool:
+        folder = Path(temporary)
+        jobs = [(source, architecture) for source in sources for architecture in SHARED_BYTES]
+        found = [k for kernels in pool.map(lambda job: compile_for(*job, folder), jobs) for k in kernels]
+        shared = shared_bytes(folder)
+    names = run("c++filt", *(k.symbol for k in found)).splitlines()
+    wrong = []
+    print(f"{'':<8}{'registers':>10}{'shared':>9}{'blocks':>8}{'tensor':>8}  kernel ({THREADS} threads)")
+    for kernel, name in sorted(zip(found, names, strict=True), key=lambda pair: (pair[1], pair[0].architecture)):
+        name = re.sub(r"^void |deepsim::cuda::|\(.*\)$", "", name)
+        size = shared.get(kernel.name, 0)
+        blocks = blocks_per_multiprocessor(kernel, size)
+        print(f"{kernel.architecture:<8}{kernel.registers:>10}{size:>9}{blocks:>8}{kernel.tensor:>8}  {name}")
+        wrong += [f"{kernel.architecture} {name}: {c}" for c in complaints(kernel, size, blocks)]
+    missing = EXPECTATIONS.keys() - {k.name for k in found}
+    wrong += [f"{name} is listed in EXPECTATIONS and was not compiled" for name in sorted(missing)]
+    print(f"cuda-check: {len(found)} kernels, " + (f"{len(wrong)} complaints" if wrong else "nothing to complain of"))
+    for line in wrong:
+        print(f"  {line}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
