@@ -9,16 +9,37 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-fast lint bench clean FORCE
+.PHONY: demo test test-fast test-emulated lint cuda-check sanitize bench clean FORCE
 
 demo: $(VENV)/built
 	$(BIN)/python -m deepsim_ext demo
 
-test: $(VENV)/built lint
+test: $(VENV)/built lint cuda-check sanitize
 	$(BIN)/python -m pytest -q
+	$(MAKE) --no-print-directory test-emulated
 
 test-fast: $(VENV)/built
 	$(BIN)/python -m pytest -q -m "not slow"
+
+# The CUDA kernels on CPU tensors, by the emulator: small batches by direct differences, then every batch by tiles. What takes
+# minutes there and differs in no kernel from the rest is left out.
+EMULATED := not gradcheck or (gradcheck and mean and not nonzero and l2) or (gradcheck and sum and soft)
+EMULATED_GRAM := $(EMULATED) and not (37.5 or none or bchw) and not gatys and not (mean and l1) and not (sum and l2)
+test-emulated: $(VENV)/built
+	$(BIN)/python -m pytest -q --emulated tests/test_batch_hard.py -k "$(EMULATED)"
+	DEEPSIM_CUDA_MINING=tiles $(BIN)/python -m pytest -q --emulated tests/test_batch_hard.py -k "not gradcheck"
+	$(BIN)/python -m pytest -q --emulated tests/test_gram.py -k "$(EMULATED_GRAM)"
+
+# What nvcc makes of the CUDA kernels; where there is no nvcc they are not built either.
+cuda-check: $(VENV)/built
+ifneq ($(shell command -v nvcc),)
+	$(BIN)/python -m tests.cuda_check
+else
+	@echo "cuda-check: nvcc was not found, the CUDA kernels are not built and not checked"
+endif
+
+sanitize: $(VENV)/built
+	$(BIN)/python -m tests.sanitize
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

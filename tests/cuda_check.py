@@ -1,8 +1,9 @@
 """What nvcc makes of the CUDA kernels: `make cuda-check`. Needs nvcc and nvdisasm, no GPU.
 
-Compiles every csrc/cuda/*.cu for each architecture and prints a table of the kernels: registers, shared memory, blocks that
-fit on a multiprocessor at once, tensor-core instructions. Fails on a warning, a spill, local memory, a kernel that should use
-tensor cores and does not, a kernel of which fewer blocks fit than its design counts on, and a kernel it has not heard of.
+Compiles every csrc/cuda/*.cu for each architecture and prints a table of the kernels: registers, shared
+memory, blocks that fit on a multiprocessor at once, tensor-core instructions. Fails on a warning, a spill,
+local memory, a kernel that should use tensor cores and does not, a kernel of which fewer blocks fit than its
+design counts on, and a kernel it has not heard of.
 """
 
 from __future__ import annotations
@@ -138,12 +139,21 @@ def shared_bytes(folder: Path) -> dict[str, int]:
     """Dynamic shared memory by kernel, from the structs themselves."""
     source, program = folder / "shared.cpp", folder / "shared"
     source.write_text(SHARED_SOURCE)
-    run("g++", "-std=c++17", f"-I{ROOT}", f"-I{ROOT / 'tests' / 'emulator'}", "-Wno-psabi", source, "-o", program)
+    run(
+        "g++",
+        "-std=c++17",
+        f"-I{ROOT}",
+        f"-I{ROOT / 'tests' / 'emulator'}",
+        "-Wno-psabi",
+        source,
+        "-o",
+        program,
+    )
     return {name: int(size) for name, size in (line.split() for line in run(program).splitlines())}
 
 
 def blocks_per_multiprocessor(kernel: Kernel, shared: int) -> int:
-    """How many blocks run at once, by registers (given out to warps by the 256), shared memory and threads."""
+    """How many blocks run at once, by registers (given out in eights), shared memory and threads."""
     by_registers = REGISTERS // (THREADS * -(-kernel.registers // 8) * 8)
     by_shared = SHARED_BYTES[kernel.architecture] // (shared + SYSTEM_SHARED_BYTES)
     return min(by_registers, by_shared, MOST_THREADS // THREADS)
@@ -176,7 +186,9 @@ def main() -> int:
     names = run("c++filt", *(k.symbol for k in found)).splitlines()
     wrong = []
     print(f"{'':<8}{'registers':>10}{'shared':>9}{'blocks':>8}{'tensor':>8}  kernel ({THREADS} threads)")
-    for kernel, name in sorted(zip(found, names, strict=True), key=lambda pair: (pair[1], pair[0].architecture)):
+    for kernel, name in sorted(
+        zip(found, names, strict=True), key=lambda pair: (pair[1], pair[0].architecture)
+    ):
         name = re.sub(r"^void |deepsim::cuda::|\(.*\)$", "", name)
         size = shared.get(kernel.name, 0)
         blocks = blocks_per_multiprocessor(kernel, size)
@@ -184,7 +196,10 @@ def main() -> int:
         wrong += [f"{kernel.architecture} {name}: {c}" for c in complaints(kernel, size, blocks)]
     missing = EXPECTATIONS.keys() - {k.name for k in found}
     wrong += [f"{name} is listed in EXPECTATIONS and was not compiled" for name in sorted(missing)]
-    print(f"cuda-check: {len(found)} kernels, " + (f"{len(wrong)} complaints" if wrong else "nothing to complain of"))
+    print(
+        f"cuda-check: {len(found)} kernels, "
+        + (f"{len(wrong)} complaints" if wrong else "nothing to complain of")
+    )
     for line in wrong:
         print(f"  {line}")
     return 1 if wrong else 0

@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) mine_tiles_kernel(TileArgumen
   for (int chunk = 0; chunk < kStages - 1; ++chunk) load(chunk);
   for (int chunk = 0; chunk < a.chunks; ++chunk) {
     ptx::cp_async_wait<kStages - 2>();
-    __syncthreads();  // the chunk is there for all, and all are through with the one whose place is filled next
+    __syncthreads();  // this chunk is there for all, and nobody needs the one before
     load(chunk + kStages - 1);
     multiply_stage<Operand>(products, shared.stage[chunk % kStages]);
   }

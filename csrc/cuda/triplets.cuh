@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) finish_kernel(Batch batch, Cho
   shared.count[threadIdx.x] = count;
   for (int half = kRowThreads / 2; half > 0; half /= 2) {
     __syncthreads();
-    if (threadIdx.x < half) {
+    if (int(threadIdx.x) < half) {
       shared.sum[threadIdx.x] += shared.sum[threadIdx.x + half];
       shared.count[threadIdx.x] += shared.count[threadIdx.x + half];
     }

@@ -16,6 +16,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -134,8 +135,8 @@ EMULATOR_NO_TSAN inline void resume(Block& b, Thread& t) {
   if (!b.error.empty()) throw std::runtime_error(b.error);
 }
 
-EMULATOR_NO_TSAN inline std::string standing(const Thread& t) {
-  return "thread " + std::to_string(t.index) + (t.state == State::done ? " has returned" : std::string(" at ") + t.where + " in line " + std::to_string(t.line));
+EMULATOR_NO_TSAN inline std::string place(const Thread& t) {
+  return t.state == State::done ? "have returned" : std::string("wait at ") + t.where + " in line " + std::to_string(t.line);
 }
 
 // All live threads at the barrier, at the same one: on they go. False if that is not so yet.
@@ -148,7 +149,7 @@ EMULATOR_NO_TSAN inline bool release_barrier(Block& b) {
   if (first == nullptr) return false;
   for (const Thread& t : b.threads) {
     if (t.state == State::done || t.line != first->line) {
-      throw std::runtime_error("divergent __syncthreads: " + standing(*first) + ", " + standing(t));
+      throw std::runtime_error("divergent __syncthreads: threads " + place(*first) + ", others " + place(t));
     }
   }
   for (Thread& t : b.threads) t.state = State::ready;
@@ -203,9 +204,10 @@ EMULATOR_NO_TSAN inline void run_block(Block& b, unsigned seed) {
     }
     if (std::all_of(b.threads.begin(), b.threads.end(), [](const Thread& t) { return t.state == State::done; })) break;
     if (release_barrier(b) || ran) continue;
-    std::string stuck = "deadlock: ";
-    for (const Thread& t : b.threads)
-      if (t.state != State::done && stuck.size() < 400) stuck += standing(t) + "; ";
+    std::map<std::string, int> places;
+    for (const Thread& t : b.threads) ++places[place(t)];
+    std::string stuck = "deadlock:";
+    for (const auto& [place, count] : places) stuck += " " + std::to_string(count) + " threads " + place + ";";
     throw std::runtime_error(stuck);
   }
   acquire(&b.barrier);

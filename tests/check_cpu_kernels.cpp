@@ -1,0 +1,199 @@
+// The CPU kernels (csrc/cpu/kernels.h) without torch, every instruction set that this processor has, work shared out among threads as
+// the ops do it. Built with sanitizers by `make sanitize`: buffers are exactly as large as the kernels may touch, and threads
+// write what lies side by side.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "csrc/cpu/kernels.h"
+
+using namespace deepsim;
+using namespace deepsim::cpu;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool right, const std::string& what) {
+  if (right) return;
+  ++failures;
+  std::printf("wrong: %s\n", what.c_str());
+}
+
+// Calls f(begin, end) for three ranges of [0, count) at a time.
+template <class F>
+void in_threads(int64_t count, F f) {
+  constexpr int kThreads = 3;
+  std::vector<std::thread> threads;
+  for (int t = 0; t < kThreads; ++t) {
+    const int64_t begin = count * t / kThreads, end = count * (t + 1) / kThreads;
+    if (begin < end) threads.emplace_back([=] { f(begin, end); });
+  }
+  for (std::thread& t : threads) t.join();
+}
+
+template <class T>
+std::vector<T> normal(int64_t count, std::mt19937& random) {
+  std::normal_distribution<double> draw(0.5);
+  std::vector<T> v(count);
+  for (T& x : v) x = T(draw(random));
+  return v;
+}
+
+template <class T>
+void check_batch_hard(const std::string& name, const Kernels<T>& kernels, int64_t n, int64_t depth, std::mt19937& random) {
+  const std::vector<T> x = normal<T>(n * depth, random);
+  const Rows rows{x.data(), n, depth, depth};
+  const auto square = [&](int64_t i, int64_t j) {
+    double sum = 0;
+    for (int64_t k = 0; k < depth; ++k) sum += std::pow(double(x[i * depth + k]) - double(x[j * depth + k]), 2);
+    return sum;
+  };
+  std::vector<double> centre(depth), norms(n);
+  in_threads(depth, [&](int64_t begin, int64_t end) { kernels.column_sums(rows, nullptr, begin, end, centre.data()); });
+  for (double& c : centre) c /= double(n);
+  in_threads(n, [&](int64_t begin, int64_t end) { kernels.inverse_norms(rows, begin, end, norms.data()); });
+
+  // Classes of three adjacent rows, in their order.
+  std::vector<int32_t> order(n), begin(n), end(n);
+  std::iota(order.begin(), order.end(), 0);
+  for (int64_t i = 0; i < n; ++i) begin[i] = int32_t(i / 3 * 3), end[i] = int32_t(std::min(n, i / 3 * 3 + 3));
+  const int64_t panels = (n + kernels.panel_rows - 1) / kernels.panel_rows, padded = panels * kernels.panel_rows;
+  std::vector<T> panel_buffer(padded * depth), half_norm(padded);
+  std::vector<int32_t> original(padded);
+  const PackedRows<T> packed{panel_buffer.data(), half_norm.data(), original.data(), depth};
+  in_threads(panels, [&](int64_t b, int64_t e) { kernels.pack(rows, {order.data(), centre.data(), nullptr}, b, e, packed); });
+
+  const T infinity = std::numeric_limits<T>::infinity();
+  std::vector<T> smallest(padded, infinity), largest(padded, -infinity);
+  std::vector<int32_t> negatives(padded, INT32_MAX), positives(padded, INT32_MAX);
+  const Extremes<T> best{smallest.data(), largest.data(), negatives.data(), positives.data()};
+  kernels.mine({packed, packed, begin.data(), end.data(), n, 0, panels, 0, panels, true, best, best});
+  for (int64_t i = 0; i < n; ++i) {
+    double nearest = 1e300, farthest = -1;
+    for (int64_t j = 0; j < n; ++j) {
+      if (i / 3 != j / 3) nearest = std::min(nearest, square(i, j));
+      if (i / 3 == j / 3 && i != j) farthest = std::max(farthest, square(i, j));
+    }
+    const auto right = [&](int32_t chosen, bool same, double wanted) {
+      return chosen >= 0 && chosen < n && (chosen / 3 == i / 3) == same && std::fabs(square(i, chosen) - wanted) < 1e-4;
+    };
+    expect(right(negatives[i], false, nearest), name + ": negative of " + std::to_string(i));
+    expect(farthest < 0 || right(positives[i], true, farthest), name + ": positive of " + std::to_string(i));
+    if (farthest < 0) negatives[i] = positives[i] = -1;
+  }
+
+  std::vector<T> d_ap(n), d_an(n), coefficient(n, T(0.5));
+  in_threads(n, [&](int64_t b, int64_t e) {
+    kernels.triplet_distances(rows, rows, positives.data(), negatives.data(), Distance::euclidean, b, e, d_ap.data(), d_an.data());
+  });
+  std::vector<int64_t> use_begin(n + 1);
+  std::vector<int32_t> uses;
+  for (int64_t j = 0; j < n; ++j) {
+    for (int64_t a = 0; a < n; ++a) {
+      if (positives[a] == j) uses.push_back(int32_t(2 * a));
+      if (negatives[a] == j) uses.push_back(int32_t(2 * a + 1));
+    }
+    use_begin[j + 1] = int64_t(uses.size());
+  }
+  const TripletGradient<T> gradient{rows,    rows,    positives.data(), negatives.data(), d_ap.data(), d_an.data(), coefficient.data(),
+                                    nullptr, nullptr, use_begin.data(), uses.data(),      Distance::euclidean};
+  std::vector<T> grad(n * depth);
+  in_threads(n, [&](int64_t b, int64_t e) {
+    std::vector<T> row(depth);
+    kernels.self_gradient(gradient, b, e, row.data(), grad.data());
+  });
+  double sum = 0;  // moving all points together changes no distance
+  for (T g : grad) sum += double(g);
+  expect(std::fabs(sum) < 1e-3, name + ": gradient");
+}
+
+template <class T>
+void check_gram(const std::string& name, const Kernels<T>& kernels, int64_t channels, int64_t positions, bool channels_last,
+                std::mt19937& random) {
+  const std::vector<T> x = normal<T>(channels * positions, random);
+  const int64_t channel_stride = channels_last ? 1 : positions, position_stride = channels_last ? channels : 1;
+  const auto at = [&](int64_t c, int64_t k) { return double(x[c * channel_stride + k * position_stride]); };
+  const int64_t width = kernels.panel_rows, panels = (channels + width - 1) / width, tiles = panels * (panels + 1) / 2;
+  constexpr int kSlices = 3;
+  std::vector<T> sums(kSlices * tiles * width * width);
+  in_threads(kSlices, [&](int64_t begin, int64_t end) {
+    std::vector<T> packed(kernels.gram_scratch(channels));
+    for (int64_t s = begin; s < end; ++s) {
+      kernels.gram({x.data(), channels, positions * s / kSlices, positions * (s + 1) / kSlices, channel_stride, position_stride},
+                   packed.data(), &sums[s * tiles * width * width]);
+    }
+  });
+  double error = 0, norm = 0;
+  for (int64_t i = 0, tile = 0; i < panels; ++i) {
+    for (int64_t j = i; j < panels; ++j, ++tile) {
+      for (int64_t e = 0; e < width * width; ++e) {
+        const int64_t row = i * width + e / width, column = j * width + e % width;
+        if (row >= channels || column >= channels) continue;
+        double got = 0, wanted = 0;
+        for (int s = 0; s < kSlices; ++s) got += double(sums[(s * tiles + tile) * width * width + e]);
+        for (int64_t k = 0; k < positions; ++k) wanted += at(row, k) * at(column, k);
+        error += std::pow(got - wanted, 2);
+        norm += wanted * wanted;
+      }
+    }
+  }
+  expect(std::sqrt(error) <= 1e-6 * std::sqrt(norm), name + ": gram");
+
+  // M = 1 everywhere: every channel of the gradient is the sum over channels.
+  std::vector<T> matrix(panels * channels * width, T(0)), grad(x.size());
+  for (int64_t p = 0; p < panels; ++p)
+    for (int64_t k = 0; k < channels; ++k)
+      for (int64_t r = 0; r < std::min(width, channels - p * width); ++r) matrix[(p * channels + k) * width + r] = T(1);
+  in_threads((positions + width - 1) / width, [&](int64_t begin, int64_t end) {
+    std::vector<T> packed(channels * (end - begin) * width);
+    kernels.gram_gradient({x.data(), channels, begin * width, std::min(positions, end * width), channel_stride, position_stride},
+                          matrix.data(), packed.data(), {grad.data(), channel_stride, position_stride});
+  });
+  error = 0;
+  for (int64_t k = 0; k < positions; ++k) {
+    double wanted = 0;
+    for (int64_t c = 0; c < channels; ++c) wanted += at(c, k);
+    for (int64_t c = 0; c < channels; ++c) error = std::max(error, std::fabs(double(grad[c * channel_stride + k * position_stride]) - wanted));
+  }
+  expect(error <= 1e-5 * double(channels), name + ": gradient");
+}
+
+template <class T>
+void check_type(const std::string& name, const Kernels<T>& kernels, std::mt19937& random) {
+  check_batch_hard(name, kernels, 101, 37, random);
+  check_batch_hard(name, kernels, 4, 300, random);
+  for (const bool channels_last : {false, true}) {
+    check_gram(name, kernels, 70, 533, channels_last, random);
+    check_gram(name, kernels, 3, 5, channels_last, random);
+  }
+}
+
+void check_table(const std::string& name, const KernelTable& table) {
+  std::mt19937 random(1);
+  check_type<float>(name + " float32", table.float32, random);
+  check_type<double>(name + " float64", table.float64, random);
+}
+
+}  // namespace
+
+int main() {
+  check_table("portable", portable_kernels);
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) check_table("avx2", avx2_kernels);
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl")) {
+    check_table("avx512", avx512_kernels);
+  }
+#endif
+  std::printf("%d wrong\n", failures);
+  return failures != 0;
+}

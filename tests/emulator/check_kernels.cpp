@@ -1,0 +1,307 @@
+// The CUDA kernels by the emulator, without torch: against plain loops in double, in every dtype, on ragged sizes, under many
+// orders of threads. Built with sanitizers by `make sanitize`, and by test_emulator.py from sources with a planted bug.
+//
+// Usage: check_kernels <first seed> <number of seeds> [dtype ...]. Buffers are exactly as large as the kernels may touch.
+#include <algorithm>
+#include <memory>
+#include <numeric>
+#include <random>
+
+#include "csrc/cuda/batch_hard.cu"
+#include "csrc/cuda/gram.cu"
+
+using namespace deepsim;
+using namespace deepsim::cuda;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool right, const std::string& what) {
+  if (right) return;
+  ++failures;
+  std::printf("wrong: %s\n", what.c_str());
+}
+
+// Device memory: of exactly this size, filled with NaN.
+template <class T>
+struct Buffer {
+  explicit Buffer(int64_t count, int fill = 0xff) : size(count), data(static_cast<T*>(std::malloc(std::max<size_t>(1, count * sizeof(T))))) {
+    std::memset(data.get(), fill, count * sizeof(T));
+  }
+  T& operator[](int64_t i) { return data.get()[i]; }
+  operator T*() { return data.get(); }
+
+  int64_t size;
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T, Free> data;
+};
+
+template <class S>
+constexpr Storage kStorage = std::is_same_v<S, float>      ? Storage::float32
+                             : std::is_same_v<S, double>   ? Storage::float64
+                             : std::is_same_v<S, BFloat16> ? Storage::bfloat16
+                                                           : Storage::float16;
+
+template <class S>
+struct Points {
+  int64_t count, depth;
+  Buffer<S> x;
+  Buffer<int64_t> labels;
+  std::vector<double> exact;
+
+  Points(int64_t n, int64_t d, int classes, double shift, std::mt19937& random) : count(n), depth(d), x(n * d), labels(n), exact(n * d) {
+    std::normal_distribution<double> normal(shift);
+    for (int64_t i = 0; i < n * d; ++i) {
+      narrow(Compute<S>(normal(random)), x[i]);
+      exact[i] = double(widen(x[i]));
+    }
+    for (int64_t i = 0; i < n; ++i) labels[i] = int64_t(random() % classes) * 1000003 - 5;
+  }
+
+  double square(int64_t i, const Points& other, int64_t j) const {
+    double sum = 0;
+    for (int64_t k = 0; k < depth; ++k) {
+      const double difference = exact[i * depth + k] - other.exact[j * depth + k];
+      sum += difference * difference;
+    }
+    return sum;
+  }
+};
+
+struct Sorted {
+  Buffer<int64_t> order, labels;
+  Buffer<unsigned char> operand;
+  Buffer<float> half_norm, scale;
+  Buffer<int32_t> label_id, original;
+
+  template <class S>
+  Sorted(Points<S>& p, int64_t row_bytes)
+      : order(p.count), labels(p.count), operand(padded_rows(p.count) * row_bytes), half_norm(padded_rows(p.count)),
+        scale(padded_rows(p.count)), label_id(padded_rows(p.count)), original(padded_rows(p.count)) {
+    std::iota(&order[0], &order[0] + p.count, 0);
+    std::stable_sort(&order[0], &order[0] + p.count, [&](int64_t a, int64_t b) { return p.labels[a] < p.labels[b]; });
+    for (int64_t i = 0; i < p.count; ++i) labels[i] = p.labels[order[i]];
+  }
+  PackedSet view() { return {order, labels, operand, half_norm, scale, label_id, original}; }
+};
+
+template <class S>
+void check_batch_hard(const std::string& name, int64_t n, int64_t m, int64_t depth, int classes, bool tiles, std::mt19937& random) {
+  using T = Compute<S>;
+  const bool self_form = m == 0;
+  Points<S> anchors(n, depth, classes, 0.5, random), others(self_form ? 0 : m, depth, classes, 0.5, random);
+  Points<S>& references = self_form ? anchors : others;
+  Buffer<Flags> flags(1, 0);
+  Batch batch = {};
+  batch.storage = kStorage<S>;
+  batch.distance = Distance::sqeuclidean;
+  batch.self_form = self_form;
+  batch.anchors = {anchors.x, n, depth, depth};
+  batch.references = {references.x, references.count, depth, depth};
+  batch.labels = anchors.labels;
+  batch.reference_labels = references.labels;
+  batch.flags = flags;
+  Buffer<int32_t> positives(n), negatives(n);
+  Buffer<T> d_ap(n), d_an(n), loss(1);
+  const Triplets out{positives, negatives, d_ap, d_an, loss};
+  const LossOptions options{0.2, false, Reduction::mean};
+  if (tiles) {
+    const int64_t row_bytes = operand_row_bytes(batch.storage, depth, false);
+    Sorted sorted(anchors, row_bytes), ref_sorted(references, row_bytes);
+    const int slices = centre_slices(std::max(n, references.count));
+    Buffer<double> sums(2 * slices * depth);
+    Buffer<float> centre(depth);
+    Buffer<unsigned long long> keys(2 * padded_rows(n), 0);
+    TileMining mining = {};
+    mining.anchors = sorted.view();
+    mining.references = self_form ? sorted.view() : ref_sorted.view();
+    if (batch.storage == Storage::float32) {
+      mining.centre_slices = slices;
+      mining.centre_sums = sums;
+      mining.centre = centre;
+    }
+    mining.positive = keys;
+    mining.negative = &keys[0] + padded_rows(n);
+    mine_tiles(batch, mining, nullptr);
+    finish_tiles(batch, mining, out, options, nullptr);
+  } else {
+    const int splits = direct_splits(n, references.count);
+    Buffer<T> values(2 * splits * n);
+    Buffer<int32_t> indices(2 * splits * n);
+    const DirectFound found{splits, values, indices};
+    mine_direct(batch, found, nullptr);
+    finish_direct(batch, found, out, options, nullptr);
+  }
+
+  double sum = 0;
+  int64_t valid = 0;
+  for (int64_t a = 0; a < n; ++a) {
+    int64_t positive = -1, negative = -1;
+    double farthest = -1, nearest = std::numeric_limits<double>::infinity();
+    for (int64_t j = 0; j < references.count; ++j) {
+      if (self_form && j == a) continue;
+      const double square = anchors.square(a, references, j);
+      const bool same = anchors.labels[a] == references.labels[j];
+      if (same && square > farthest) farthest = square, positive = j;
+      if (!same && square < nearest) nearest = square, negative = j;
+    }
+    if (positive < 0 || negative < 0) positive = negative = -1;
+    // Another choice is right if it is as far to rounding; random points are rarely that near to each other.
+    const auto right = [&](int32_t got, int64_t exact, double square, bool same) {
+      return got == exact || (exact >= 0 && got >= 0 && got < references.count && !(self_form && got == a) &&
+                              (anchors.labels[a] == references.labels[got]) == same &&
+                              std::fabs(anchors.square(a, references, got) - square) < 1e-5 * double(depth));
+    };
+    expect(right(positives[a], positive, farthest, true), name + ": positive of " + std::to_string(a));
+    expect(right(negatives[a], negative, nearest, false), name + ": negative of " + std::to_string(a));
+    if (positive < 0) continue;
+    ++valid;
+    sum += std::max(0.0, farthest - nearest + 0.2);
+  }
+  const double expected = sum / double(std::max<int64_t>(1, valid));
+  expect(std::fabs(double(loss[0]) - expected) <= 1e-5 * std::max(1.0, expected), name + ": loss");
+
+  Buffer<S> grad(n * depth), grad_references(references.count * depth);
+  Buffer<T> grad_loss(1);
+  grad_loss[0] = T(1);
+  Buffer<unsigned long long> count(1, 0);
+  std::vector<std::pair<int32_t, int64_t>> choices;
+  for (int64_t a = 0; a < n; ++a) choices.push_back({positives[a], a});
+  for (int64_t a = 0; a < n; ++a) choices.push_back({negatives[a], n + a});
+  std::sort(choices.begin(), choices.end());
+  Buffer<int32_t> sorted_choices(2 * n);
+  Buffer<int64_t> order(2 * n);
+  for (int64_t u = 0; u < 2 * n; ++u) sorted_choices[u] = choices[u].first, order[u] = choices[u].second;
+  LossGradient g = {};
+  g.batch = batch;
+  g.positives = positives;
+  g.negatives = negatives;
+  g.d_ap = d_ap;
+  g.d_an = d_an;
+  g.grad_loss = grad_loss;
+  if (tiles) g.sorted_choices = sorted_choices, g.choice_order = order;
+  g.count = count;
+  g.grad = grad;
+  g.grad_references = grad_references;
+  triplet_gradient(g, options, nullptr);
+  std::vector<double> exact(anchors.count * depth), exact_references(references.count * depth);
+  std::vector<double>& to_references = self_form ? exact : exact_references;
+  for (int64_t a = 0; a < n; ++a) {
+    if (positives[a] < 0 || double(d_ap[a]) - double(d_an[a]) + 0.2 <= 0) continue;
+    for (int64_t k = 0; k < depth; ++k) {
+      const double x = anchors.exact[a * depth + k], p = references.exact[positives[a] * depth + k],
+                   q = references.exact[negatives[a] * depth + k], scale = 2.0 / double(std::max<int64_t>(1, valid));
+      exact[a * depth + k] += scale * ((x - p) - (x - q));
+      to_references[positives[a] * depth + k] -= scale * (x - p);
+      to_references[negatives[a] * depth + k] += scale * (x - q);
+    }
+  }
+  const auto compare = [&](Buffer<S>& got, const std::vector<double>& wanted, const char* which) {
+    double error = 0, norm = 0;
+    for (int64_t i = 0; i < got.size; ++i) {
+      error += std::pow(double(widen(got[i])) - wanted[i], 2);
+      norm += std::pow(wanted[i], 2);
+    }
+    expect(std::sqrt(error) <= 5e-3 * std::sqrt(norm) + 1e-6, name + ": gradient of " + which);
+  };
+  compare(grad, exact, "anchors");
+  if (!self_form) compare(grad_references, exact_references, "references");
+}
+
+template <class S>
+void check_gram(const std::string& name, int64_t batch, int64_t channels, int64_t positions, bool channels_last, std::mt19937& random) {
+  using T = Compute<S>;
+  Points<S> values(batch, channels * positions, 1, 0.3, random);
+  Features f{values.x, batch, channels, positions, channels * positions, channels_last ? 1 : positions, channels_last ? channels : 1};
+  const auto at = [&](int64_t b, int64_t c, int64_t k) {
+    return values.exact[b * f.batch_stride + c * f.channel_stride + k * f.position_stride];
+  };
+  const int slices = gram_slices(batch, channels, positions);
+  Buffer<T> matrix(batch * channels * channels), target(channels * channels), loss(1);
+  for (int64_t i = 0; i < target.size; ++i) target[i] = T(0.01 * double(i % 7));
+  Buffer<T> sums(batch * slices * gram_tiles(channels) * kGramTile * kGramTile);
+  Buffer<double> losses(gram_reduce_blocks(batch, channels));
+  Buffer<uint32_t> finished(1, 0);
+  const double scale = 1.0 / double(channels * positions);
+  gram(kStorage<S>, false, f, {slices, sums, losses, finished},
+       {matrix, target, 0, loss, scale, 0.5, true}, nullptr);
+  double error = 0, norm = 0, expected = 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t i = 0; i < channels; ++i) {
+      for (int64_t j = 0; j < channels; ++j) {
+        double sum = 0;
+        for (int64_t k = 0; k < positions; ++k) sum += at(b, i, k) * at(b, j, k);
+        const double v = scale * sum - double(target[i * channels + j]);
+        error += std::pow(double(matrix[(b * channels + i) * channels + j]) - v, 2);
+        norm += v * v;
+        expected += v * v;
+      }
+    }
+  }
+  expect(std::sqrt(error) <= 2e-6 * std::sqrt(norm), name + ": matrix");
+  expect(std::fabs(double(loss[0]) - 0.5 * expected) <= 1e-5 * expected, name + ": loss");
+
+  Buffer<S> grad(values.x.size);
+  Buffer<T> symmetric(matrix.size);
+  Features to = f;
+  to.data = &grad[0];
+  gram_gradient(kStorage<S>, false, f, matrix, scale, symmetric, to, nullptr);
+  error = norm = 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t k = 0; k < positions; ++k) {
+        double sum = 0;
+        for (int64_t j = 0; j < channels; ++j) {
+          const int64_t square = b * channels * channels;
+          sum += scale * (double(matrix[square + c * channels + j]) + double(matrix[square + j * channels + c])) * at(b, j, k);
+        }
+        error += std::pow(double(widen(grad[b * f.batch_stride + c * f.channel_stride + k * f.position_stride])) - sum, 2);
+        norm += sum * sum;
+      }
+    }
+  }
+  expect(std::sqrt(error) <= 5e-3 * std::sqrt(norm), name + ": gradient");
+}
+
+template <class S>
+void check_all(const std::string& type, std::mt19937& random) {
+  check_batch_hard<S>(type + " direct", 70, 0, 19, 9, false, random);
+  check_batch_hard<S>(type + " direct, references", 5, 130, 19, 3, false, random);
+  if constexpr (!std::is_same_v<S, double>) {
+    check_batch_hard<S>(type + " tiles", 300, 0, 100, 40, true, random);
+    check_batch_hard<S>(type + " tiles, one label", 130, 0, 70, 1, true, random);
+    check_batch_hard<S>(type + " tiles, references", 40, 270, 130, 12, true, random);
+  }
+  check_gram<S>(type + " gram", 2, 70, 77, false, random);
+  check_gram<S>(type + " gram, slices", 1, 5, 700, false, random);
+  check_gram<S>(type + " gram, channels_last", 1, 67, 40, true, random);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int first = argc > 1 ? std::atoi(argv[1]) : 0, count = argc > 2 ? std::atoi(argv[2]) : 1;
+  const auto wanted = [&](const std::string& type) {
+    return argc <= 3 || std::any_of(argv + 3, argv + argc, [&](const char* a) { return type == a; });
+  };
+  try {
+    for (int seed = first; seed < first + count; ++seed) {
+      for (const bool lazy : {true, false}) {
+        emulator::Options::current() = {unsigned(seed), lazy};
+        std::mt19937 random(seed);
+        if (wanted("float32")) check_all<float>("float32", random);
+        if (wanted("float64")) check_all<double>("float64", random);
+        if (wanted("bfloat16")) check_all<BFloat16>("bfloat16", random);
+        if (wanted("float16")) check_all<Half>("float16", random);
+      }
+    }
+  } catch (const std::exception& error) {
+    std::printf("%s\n", error.what());
+    return 1;
+  }
+  std::printf("%d wrong in %d seeds\n", failures, count);
+  return failures != 0;
+}

@@ -1,0 +1,70 @@
+"""CPU kernels and emulated CUDA kernels under ASan + UBSan and under TSan: `make sanitize`. Needs g++."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+SANITIZERS = {
+    "ASan + UBSan": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "TSan": ["-fsanitize=thread"],
+}
+CPU_SOURCES = [
+    "tests/check_cpu_kernels.cpp",
+    *(f"csrc/cpu/{capability}.cpp" for capability in ("portable", "avx2", "avx512")),
+]
+EMULATOR_SOURCES = ["tests/emulator/check_kernels.cpp"]
+# Sources and arguments by what is checked. TSan takes a minute for every dtype, which differ in nothing that
+# it looks at.
+PROGRAMS = {
+    ("CPU kernels", "ASan + UBSan"): (CPU_SOURCES, []),
+    ("CPU kernels", "TSan"): (CPU_SOURCES, []),
+    ("CUDA kernels", "ASan + UBSan"): (EMULATOR_SOURCES, ["0", "1"]),
+    ("CUDA kernels", "TSan"): (EMULATOR_SOURCES, ["1", "1", "float32"]),
+}
+
+
+def check(name: tuple[str, str], folder: Path) -> tuple[bool, str]:
+    """Builds and runs one program: whether it found nothing, and what it said."""
+    sources, arguments = PROGRAMS[name]
+    program = folder / "-".join(name).replace(" ", "")
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-g",
+        "-pthread",
+        "-Wno-psabi",
+        "-Wno-unknown-pragmas",
+        *SANITIZERS[name[1]],
+    ]
+    includes = [f"-I{ROOT}", f"-I{ROOT / 'tests' / 'emulator'}"]
+    built = subprocess.run(
+        ["g++", *flags, *includes, *sources, "-o", str(program)], cwd=ROOT, capture_output=True, text=True
+    )
+    if built.returncode != 0:
+        return False, built.stderr
+    # TSan has places of its own for memory, which some kernels' randomised ones overlap.
+    prefix = ["setarch", "-R"] if name[1] == "TSan" and shutil.which("setarch") else []
+    process = subprocess.run([*prefix, str(program), *arguments], capture_output=True, text=True)
+    return process.returncode == 0, process.stdout + process.stderr
+
+
+def main() -> int:
+    """Prints a line for each program, and what was found."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda name: check(name, Path(folder)), PROGRAMS))
+    for (kernels, sanitizer), (clean, output) in zip(PROGRAMS, results, strict=True):
+        print(f"sanitize: {kernels} under {sanitizer}: {'clean' if clean else 'NOT CLEAN'}")
+        if not clean:
+            print(output)
+    return 0 if all(clean for clean, _ in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
