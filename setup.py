@@ -1,7 +1,8 @@
 """Builds deepsim_ext._C from csrc/ against the installed torch.
 
-DEEPSIM_CUDA=auto (default) builds the CUDA kernels where nvcc is found, whether or not this torch or machine can run
-them; 0 leaves them out; 1 makes a missing nvcc an error. TORCH_CUDA_ARCH_LIST names other GPUs than the default.
+DEEPSIM_CUDA=auto (default) builds the CUDA kernels where nvcc is found, whether or not this torch or machine can
+run them; 0 leaves them out; 1 makes a missing nvcc an error. TORCH_CUDA_ARCH_LIST names other GPUs than the
+default.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def cuda_runtime(nvcc: str) -> str:
     for folder in ("lib64", "lib", "targets/*/lib"):
         for library in sorted(glob(f"{top[1]}/{folder}/libcudart_static.a")) if top else ():
             return library
-    sys.exit(f"deepsim_ext: no libcudart_static.a beside {nvcc}; DEEPSIM_CUDA=0 builds without the CUDA kernels")
+    sys.exit(f"deepsim_ext: no libcudart_static.a beside {nvcc}; DEEPSIM_CUDA=0 builds without CUDA kernels")
 
 
 def architecture_flags() -> tuple[list[str], str]:
@@ -60,7 +61,7 @@ def architecture_flags() -> tuple[list[str], str]:
     for entry in re.split(r"[ ;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or ARCHITECTURES):
         match = re.fullmatch(r"(\d+)\.(\d[a-z]?)(\+PTX)?", entry)
         if not match:
-            sys.exit(f"deepsim_ext: TORCH_CUDA_ARCH_LIST takes entries like 8.0, 9.0a or 8.0+PTX, got {entry!r}")
+            sys.exit(f"deepsim_ext: TORCH_CUDA_ARCH_LIST takes entries like 8.0 or 9.0a+PTX, got {entry!r}")
         if int(match[1]) < 8:
             sys.exit(f"deepsim_ext: the CUDA kernels need compute capability 8.0 or more, got {entry}")
         number = match[1] + match[2]
@@ -73,7 +74,7 @@ def architecture_flags() -> tuple[list[str], str]:
 
 
 class Build(BuildExtension):
-    """Compiles csrc/cuda/*.cu with nvcc first. They see no torch header, so that takes seconds and fits any torch."""
+    """Compiles csrc/cuda/*.cu with nvcc first. They see no torch header: that takes seconds and fits any torch."""
 
     def build_extensions(self) -> None:
         if NVCC:
@@ -82,8 +83,9 @@ class Build(BuildExtension):
         super().build_extensions()
 
     def cuda_objects(self) -> list[str]:
-        options = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", *ARCHITECTURE_FLAGS]
-        newest = max(Path(f).stat().st_mtime for f in [__file__, *glob("csrc/cuda/*"), *glob("csrc/common/*")])
+        options = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        sources = [__file__, *glob("csrc/cuda/*"), *glob("csrc/common/*")]
+        newest = max(Path(source).stat().st_mtime for source in sources)
         Path(self.build_temp).mkdir(parents=True, exist_ok=True)
         running, objects = [], []
         for source in sorted(glob("csrc/cuda/*.cu")):
@@ -91,10 +93,10 @@ class Build(BuildExtension):
             objects.append(str(target))
             if target.exists() and target.stat().st_mtime > newest:
                 continue
-            command = [NVCC, *options, "-c", source, "-o", str(target)]
+            command = [NVCC, *options, *ARCHITECTURE_FLAGS, "-c", source, "-o", str(target)]
             running.append(subprocess.Popen(command))
         if any([process.wait() for process in running]):
-            sys.exit("deepsim_ext: nvcc failed; DEEPSIM_CUDA=0 builds without the CUDA kernels")
+            sys.exit("deepsim_ext: nvcc failed; DEEPSIM_CUDA=0 builds without CUDA kernels")
         return objects
 
 

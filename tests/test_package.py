@@ -88,6 +88,36 @@ def test_setup_without_nvcc(wish, status, said, tmp_path):
         assert process.stdout.strip().splitlines()[-1] == deepsim_ext.__version__
 
 
+@pytest.mark.parametrize(
+    ("architectures", "status", "said"),
+    [
+        ("", 0, "building CUDA kernels for sm_80 sm_90a compute_80 with "),
+        ("8.6;12.0+PTX", 0, "building CUDA kernels for sm_86 sm_120 compute_120 with "),
+        ("Hopper", 1, "TORCH_CUDA_ARCH_LIST takes entries like 8.0 or 9.0a+PTX, got 'Hopper'"),
+        ("7.5 8.0", 1, "the CUDA kernels need compute capability 8.0 or more, got 7.5"),
+    ],
+)
+def test_setup_with_nvcc(architectures, status, said, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libcudart_static.a").touch()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho '#$ TOP={tmp_path}' >&2\n")
+    nvcc.chmod(0o755)
+    environment = {"CUDA_HOME": str(tmp_path), "DEEPSIM_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architectures}
+    process = python("setup.py", "--version", **environment)
+    assert process.returncode == status, process.stderr
+    assert f"deepsim_ext: {said}" in process.stderr
+
+
+def test_cuda_kernels_are_registered_where_they_are_built():
+    """With any torch, also one that knows no GPU."""
+    built = bool(deepsim_ext.build_info()["cuda_architectures"])
+    ops = ("batch_hard_mine", "batch_hard_triplet_loss", "batch_hard_triplet_loss_backward")
+    for op in (*ops, "gram_matrix", "gram_matrix_backward", "style_loss"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"deepsim_ext::{op}", "CUDA") == built
+
+
 # ---- names, signatures, documentation ----------------------------------------------------------------------
 
 FUNCTIONS = sorted(functional.__all__)
