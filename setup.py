@@ -1,8 +1,7 @@
 """Builds deepsim_ext._C from csrc/ against the installed torch.
 
-DEEPSIM_CUDA=auto (default) builds the CUDA kernels where nvcc is found, whether or not this torch or machine can
-run them; 0 leaves them out; 1 makes a missing nvcc an error. TORCH_CUDA_ARCH_LIST names other GPUs than the
-default.
+DEEPSIM_CUDA=auto (default) builds the CUDA kernels where nvcc is found, whether or not this torch or machine
+can run them; 0 leaves them out; 1 makes a missing nvcc an error. TORCH_CUDA_ARCH_LIST names other GPUs.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ def architecture_flags() -> tuple[list[str], str]:
 
 
 class Build(BuildExtension):
-    """Compiles csrc/cuda/*.cu with nvcc first. They see no torch header: that takes seconds and fits any torch."""
+    """Compiles csrc/cuda/*.cu with nvcc first: they see no torch header, which takes seconds and fits any."""
 
     def build_extensions(self) -> None:
         if NVCC:
