@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-fast test-emulated lint cuda-check sanitize bench clean FORCE
+.PHONY: demo test test-fast test-emulated lint cuda-check sanitize gpu-check bench clean FORCE
 
 demo: $(VENV)/built
 	$(BIN)/python -m deepsim_ext demo
@@ -40,6 +40,11 @@ endif
 
 sanitize: $(VENV)/built
 	$(BIN)/python -m tests.sanitize
+
+# On a machine with a GPU, with the torch that is installed there. OUT is the folder for logs and records.
+OUT ?= gpu-check
+gpu-check:
+	$(PYTHON) -m tests.gpu_check $(OUT)
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

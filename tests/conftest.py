@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from . import on_cuda
 from .emulator import build
 
 settings.register_profile(
@@ -23,11 +24,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=0, help="seed of each test's random numbers")
     emulated = "run the CUDA kernels, on CPU tensors by the emulator (tests/emulator)"
     parser.addoption("--emulated", action="store_true", help=emulated)
+    on_cuda = "run the CUDA kernels on the GPU: CPU tensors go there and back for every op"
+    parser.addoption("--on-cuda", action="store_true", help=on_cuda)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--emulated"):
         build.load()
+    if config.getoption("--on-cuda"):
+        on_cuda.redirect()
 
 
 @pytest.fixture(autouse=True)

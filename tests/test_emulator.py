@@ -13,18 +13,27 @@ ROOT = Path(__file__).parents[1]
 SCHEDULES = 6
 
 
-def build(root: Path, program: Path, *options: str) -> Path:
-    """tests/emulator/check_kernels.cpp as a program, from the sources under `root`."""
-    source = root / "tests" / "emulator" / "check_kernels.cpp"
+def build(root: Path, program: Path, *options: str, source: str = "check_kernels.cpp") -> Path:
+    """A source of tests/emulator as a program, from the files under `root`."""
     flags = ["-std=c++17", "-g", "-Wno-psabi", "-Wno-unknown-pragmas", "-pthread", *options]
     includes = [f"-I{root}", f"-I{root / 'tests' / 'emulator'}"]
-    subprocess.run(["g++", *flags, *includes, str(source), "-o", str(program)], check=True)
+    subprocess.run(
+        ["g++", *flags, *includes, str(root / "tests" / "emulator" / source), "-o", str(program)], check=True
+    )
     return program
 
 
 def run(program: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [str(program), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+def test_wrappers_do_what_they_say(tmp_path):
+    """Of the hardware's instructions; `make gpu-check` asks a GPU the same."""
+    process = run(build(ROOT, tmp_path / "check", source="check_wrappers.cpp"))
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert process.stdout.count("right: ") == 11
+    assert "WRONG" not in process.stdout
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
-// The CUDA kernels by the emulator, without torch: against plain loops in double, in every dtype, on ragged sizes, under many
-// orders of threads. Built with sanitizers by `make sanitize`, and by test_emulator.py from sources with a planted bug.
+// The CUDA kernels without torch, against plain loops in double: in every dtype, on ragged sizes. By the emulator under many orders
+// of threads (test_emulator.py, also from sources with a planted bug; `make sanitize`), and compiled by nvcc (`make gpu-check`).
 //
 // Usage: check_kernels <first seed> <number of seeds> [dtype ...]. Buffers are exactly as large as the kernels may touch.
 #include <algorithm>
@@ -9,6 +9,7 @@
 
 #include "csrc/cuda/batch_hard.cu"
 #include "csrc/cuda/gram.cu"
+#include "device_memory.h"
 
 using namespace deepsim;
 using namespace deepsim::cuda;
@@ -22,22 +23,6 @@ void expect(bool right, const std::string& what) {
   ++failures;
   std::printf("wrong: %s\n", what.c_str());
 }
-
-// Device memory: of exactly this size, filled with NaN.
-template <class T>
-struct Buffer {
-  explicit Buffer(int64_t count, int fill = 0xff) : size(count), data(static_cast<T*>(std::malloc(std::max<size_t>(1, count * sizeof(T))))) {
-    std::memset(data.get(), fill, count * sizeof(T));
-  }
-  T& operator[](int64_t i) { return data.get()[i]; }
-  operator T*() { return data.get(); }
-
-  int64_t size;
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T, Free> data;
-};
 
 template <class S>
 constexpr Storage kStorage = std::is_same_v<S, float>      ? Storage::float32
@@ -55,8 +40,8 @@ struct Points {
   Points(int64_t n, int64_t d, int classes, double shift, std::mt19937& random) : count(n), depth(d), x(n * d), labels(n), exact(n * d) {
     std::normal_distribution<double> normal(shift);
     for (int64_t i = 0; i < n * d; ++i) {
-      narrow(Compute<S>(normal(random)), x[i]);
-      exact[i] = double(widen(x[i]));
+      assign(x[i], normal(random));
+      exact[i] = value_of(x[i]);
     }
     for (int64_t i = 0; i < n; ++i) labels[i] = int64_t(random() % classes) * 1000003 - 5;
   }
@@ -127,6 +112,7 @@ void check_batch_hard(const std::string& name, int64_t n, int64_t m, int64_t dep
     mining.negative = &keys[0] + padded_rows(n);
     mine_tiles(batch, mining, nullptr);
     finish_tiles(batch, mining, out, options, nullptr);
+    synchronize();
   } else {
     const int splits = direct_splits(n, references.count);
     Buffer<T> values(2 * splits * n);
@@ -134,6 +120,7 @@ void check_batch_hard(const std::string& name, int64_t n, int64_t m, int64_t dep
     const DirectFound found{splits, values, indices};
     mine_direct(batch, found, nullptr);
     finish_direct(batch, found, out, options, nullptr);
+    synchronize();
   }
 
   double sum = 0;
@@ -187,6 +174,7 @@ void check_batch_hard(const std::string& name, int64_t n, int64_t m, int64_t dep
   g.grad = grad;
   g.grad_references = grad_references;
   triplet_gradient(g, options, nullptr);
+  synchronize();
   std::vector<double> exact(anchors.count * depth), exact_references(references.count * depth);
   std::vector<double>& to_references = self_form ? exact : exact_references;
   for (int64_t a = 0; a < n; ++a) {
@@ -202,7 +190,7 @@ void check_batch_hard(const std::string& name, int64_t n, int64_t m, int64_t dep
   const auto compare = [&](Buffer<S>& got, const std::vector<double>& wanted, const char* which) {
     double error = 0, norm = 0;
     for (int64_t i = 0; i < got.size; ++i) {
-      error += std::pow(double(widen(got[i])) - wanted[i], 2);
+      error += std::pow(value_of(got[i]) - wanted[i], 2);
       norm += std::pow(wanted[i], 2);
     }
     expect(std::sqrt(error) <= 5e-3 * std::sqrt(norm) + 1e-6, name + ": gradient of " + which);
@@ -228,6 +216,7 @@ void check_gram(const std::string& name, int64_t batch, int64_t channels, int64_
   const double scale = 1.0 / double(channels * positions);
   gram(kStorage<S>, false, f, {slices, sums, losses, finished},
        {matrix, target, 0, loss, scale, 0.5, true}, nullptr);
+  synchronize();
   double error = 0, norm = 0, expected = 0;
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t i = 0; i < channels; ++i) {
@@ -249,6 +238,7 @@ void check_gram(const std::string& name, int64_t batch, int64_t channels, int64_
   Features to = f;
   to.data = &grad[0];
   gram_gradient(kStorage<S>, false, f, matrix, scale, symmetric, to, nullptr);
+  synchronize();
   error = norm = 0;
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t c = 0; c < channels; ++c) {
@@ -258,7 +248,7 @@ void check_gram(const std::string& name, int64_t batch, int64_t channels, int64_
           const int64_t square = b * channels * channels;
           sum += scale * (double(matrix[square + c * channels + j]) + double(matrix[square + j * channels + c])) * at(b, j, k);
         }
-        error += std::pow(double(widen(grad[b * f.batch_stride + c * f.channel_stride + k * f.position_stride])) - sum, 2);
+        error += std::pow(value_of(grad[b * f.batch_stride + c * f.channel_stride + k * f.position_stride]) - sum, 2);
         norm += sum * sum;
       }
     }
@@ -282,6 +272,12 @@ void check_all(const std::string& type, std::mt19937& random) {
 
 }  // namespace
 
+#if defined(__CUDACC__)
+void set_schedule(int, bool) {}  // the GPU has its own
+#else
+void set_schedule(int seed, bool lazy) { emulator::Options::current() = {unsigned(seed), lazy}; }
+#endif
+
 int main(int argc, char** argv) {
   const int first = argc > 1 ? std::atoi(argv[1]) : 0, count = argc > 2 ? std::atoi(argv[2]) : 1;
   const auto wanted = [&](const std::string& type) {
@@ -290,7 +286,7 @@ int main(int argc, char** argv) {
   try {
     for (int seed = first; seed < first + count; ++seed) {
       for (const bool lazy : {true, false}) {
-        emulator::Options::current() = {unsigned(seed), lazy};
+        set_schedule(seed, lazy);
         std::mt19937 random(seed);
         if (wanted("float32")) check_all<float>("float32", random);
         if (wanted("float64")) check_all<double>("float64", random);

@@ -1,6 +1,8 @@
 // The wrappers of csrc/cuda/device.cuh, on top of the emulator. Layouts are those of the PTX ISA.
 #pragma once
 
+#include "halves.h"
+
 namespace deepsim::cuda {
 
 struct Half {
@@ -12,34 +14,13 @@ struct BFloat16 {
 
 inline float widen(float v) { return v; }
 inline double widen(double v) { return v; }
-inline float widen(BFloat16 v) { return __uint_as_float(uint32_t(v.bits) << 16); }
-inline float widen(Half v) {
-  const uint32_t sign = (v.bits & 0x8000u) << 16, exponent = v.bits >> 10 & 31, mantissa = v.bits & 1023;
-  if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | mantissa << 13);
-  if (exponent == 0) return (sign ? -1.0f : 1.0f) * float(mantissa) * 0x1p-24f;
-  return __uint_as_float(sign | (exponent + 112) << 23 | mantissa << 13);
-}
+inline float widen(BFloat16 v) { return halves::from_bfloat16(v.bits); }
+inline float widen(Half v) { return halves::from_float16(v.bits); }
 
 inline void narrow(float v, float& out) { out = v; }
 inline void narrow(double v, double& out) { out = v; }
-inline void narrow(float v, BFloat16& out) {
-  const uint32_t u = __float_as_uint(v);
-  out.bits = v != v ? 0x7fff : uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
-}
-inline void narrow(float v, Half& out) {
-  const uint16_t sign = uint16_t(__float_as_uint(v) >> 16 & 0x8000u);
-  const float magnitude = std::fabs(v);
-  if (v != v) {
-    out.bits = 0x7fff;
-  } else if (magnitude >= 65520.0f) {
-    out.bits = sign | 0x7c00;
-  } else if (magnitude < 0x1p-14f) {  // subnormal: a multiple of 2^-24
-    out.bits = sign | uint16_t(std::nearbyint(magnitude * 0x1p24f));
-  } else {
-    const uint32_t u = __float_as_uint(magnitude);
-    out.bits = sign | uint16_t((u + 0xfff + (u >> 13 & 1) - (112u << 23)) >> 13);
-  }
-}
+inline void narrow(float v, BFloat16& out) { out.bits = halves::to_bfloat16(v); }
+inline void narrow(float v, Half& out) { out.bits = halves::to_float16(v); }
 
 namespace ptx {
 

@@ -1,0 +1,130 @@
+"""`python -m benchmarks.gpu_expected`: what the CUDA kernels should take on an H200, from bytes and FLOPs.
+
+Written before the first run on a GPU, to be held against it. For each stage the largest of the times that
+memory, L2, tensor cores and plain arithmetic need; stages follow each other. Writes results/gpu_expected.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.samples import VGG19_LAYERS
+
+# Of an H200, dense; mma.sync reaches some two thirds of what wgmma does.
+MULTIPROCESSORS = 132
+BLOCKS_AT_ONCE = 2 * MULTIPROCESSORS
+MEMORY = 4.8e12  # bytes/s
+L2 = 5.5e12
+HALF_FLOPS = 0.66 * 989e12
+TF32_FLOPS = 0.66 * 494e12
+PLAIN = MULTIPROCESSORS * 128 * 1.755e9  # float32 instructions/s
+LAUNCH = 2.5e-6  # seconds from one kernel to the next
+
+TILE = 128
+SQUARE = 8  # tiles on a side of what runs together
+# Instructions on a tile's element: half norms, scales, a maximum along the row and one along the column.
+REDUCE_INSTRUCTIONS = 8
+
+
+@dataclass
+class Stage:
+    """One kernel."""
+
+    name: str
+    memory: float = 0  # bytes
+    l2: float = 0  # bytes
+    tensor: float = 0  # seconds
+    plain: float = 0  # instructions
+    launches: int = 1
+
+    @property
+    def seconds(self) -> float:
+        work = max(self.memory / MEMORY, self.l2 / L2, self.tensor, self.plain / PLAIN)
+        return work + self.launches * LAUNCH
+
+
+def batch_hard(n: int, d: int, split: bool, itemsize: int) -> list[Stage]:
+    """Forward and backward of the self form by tiles."""
+    row = math.ceil(d / (32 if split else 64)) * 128
+    rows_down = math.ceil(n / TILE)
+    tiles = rows_down * (rows_down + 1) / 2
+    waves = math.ceil(tiles / BLOCKS_AT_ONCE)
+    full = waves * BLOCKS_AT_ONCE  # the last wave takes as long as the others
+    flops = 2 * TILE * TILE * row / 2 * (2 if split else 1)
+    x = n * d * itemsize
+    centre = [Stage("centre", memory=x, launches=2)] if itemsize == 4 else []
+    return [
+        Stage("sort", memory=8 * 16 * n, launches=4),
+        *centre,
+        Stage("pack", memory=x + n * row),
+        Stage(
+            f"tiles: {tiles:.0f} in {waves} waves",
+            memory=tiles * TILE * row * 2 / SQUARE,
+            l2=full * TILE * row * 2,
+            tensor=full * flops / HALF_FLOPS,
+            plain=full * TILE * TILE * REDUCE_INSTRUCTIONS,
+        ),
+        Stage("distances and loss", memory=3 * x),
+        Stage("gradient", memory=6 * x, launches=4 if n > 4096 else 2),
+    ]
+
+
+def style(side: int, itemsize: int) -> list[Stage]:
+    """Forward and backward of the five layers of VGG19, one after another."""
+    stages = []
+    for name, (channels, factor) in VGG19_LAYERS.items():
+        positions = (side // factor) ** 2
+        features = channels * positions * itemsize
+        down = math.ceil(channels / 64)
+        products = 3 if itemsize == 4 else 1
+        flops = 2 * 64 * 64 * positions * down * (down + 1) / 2
+        stages.append(
+            Stage(
+                f"{name} forward",
+                memory=features,
+                l2=features * (down + 1),
+                tensor=flops * products / TF32_FLOPS,
+                launches=2,
+            )
+        )
+        stages.append(
+            Stage(
+                f"{name} gradient",
+                memory=2 * features,
+                l2=features * (down + 1),
+                tensor=2 * channels * channels * positions * max(2, products) / TF32_FLOPS,
+                launches=2,
+            )
+        )
+    return stages
+
+
+def main() -> int:
+    lines = ["# Expected on an H200", "", __doc__.split("\n\n", 1)[1].strip(), ""]
+    lines += ["Microseconds of forward + backward, and the stages that make them up.", ""]
+    lines += ["| case | total | stages |", "| --- | ---: | --- |"]
+    cases = [
+        (f"batch-hard N={n} D={d} {name}", batch_hard(n, d, split, itemsize))
+        for name, split, itemsize in (("float32", True, 4), ("tf32", False, 4), ("bfloat16", False, 2))
+        for n in (4096, 16384, 65536)
+        for d in (128, 512)
+    ]
+    cases += [
+        (f"style {s}x{s} {name}", style(s, itemsize))
+        for name, itemsize in (("float32", 4), ("bfloat16", 2))
+        for s in (256, 512, 1024)
+    ]
+    for case, stages in cases:
+        total = sum(stage.seconds for stage in stages)
+        parts = ", ".join(f"{stage.name} {1e6 * stage.seconds:.0f}" for stage in stages)
+        lines.append(f"| {case} | {1e6 * total:.0f} | {parts} |")
+    path = Path(__file__).parent / "results" / "gpu_expected.md"
+    path.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,104 @@
+"""Everything that only a GPU can tell, in one command: `make gpu-check OUT=folder`.
+
+Needs an NVIDIA GPU, nvcc, g++, torch, numpy, ninja and setuptools; pytest and hypothesis may be carried as
+wheels in a folder `wheels/`. No network, no virtual environment. Every step has a time limit, a log in the
+folder and a line in its summary, written after each step: a stop in the middle leaves what was done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PYTHON = sys.executable
+CHECK_FLAGS = ["-std=c++17", "-O2", "-x", "cu", "-I.", "-Itests/emulator", "-arch=native"]
+
+
+def pytest(*arguments: str) -> list[str]:
+    return [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+
+
+def steps(folder: Path) -> list[tuple[str, list[str], int]]:
+    """Name, command and seconds allowed, in order of what is most worth knowing."""
+    wrappers, kernels = str(folder / "check_wrappers"), str(folder / "check_kernels")
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    suite = ["tests/test_batch_hard.py", "tests/test_gram.py"]
+    result = [
+        ("gpu", ["nvidia-smi"], 20),
+        ("build", [PYTHON, "setup.py", "build_ext", "--inplace"], 200),
+        ("info", [PYTHON, "-m", "deepsim_ext", "info"], 60),
+        ("build wrappers", ["nvcc", *CHECK_FLAGS, "tests/emulator/check_wrappers.cpp", "-o", wrappers], 60),
+        ("wrappers", [wrappers], 30),
+        ("build kernels", ["nvcc", *CHECK_FLAGS, "tests/emulator/check_kernels.cpp", "-o", kernels], 90),
+        ("kernels", [kernels, "0", "3"], 60),
+        ("suite", pytest("--on-cuda", "-x", *suite, "-k", "not gradcheck"), 150),
+        ("suite, tiles", pytest("--on-cuda", "-x", suite[0], "-k", "not gradcheck"), 60),
+        ("gpu only", pytest("tests/test_cuda.py"), 90),
+        ("benchmark", [PYTHON, "-m", "benchmarks.gpu", str(folder), "--seconds", "150"], 220),
+    ]
+    result += [
+        (tool, [sanitizer, "--tool", tool, "--error-exitcode", "1", kernels, "0", "1", "float32"], 60)
+        for tool in ("memcheck", "racecheck", "synccheck")
+    ]
+    return result
+
+
+def run(name: str, command: list[str], limit: float, folder: Path) -> dict[str, object]:
+    """One step: what came of it, and its output in a log."""
+    wheels = os.pathsep.join(str(w) for w in sorted((ROOT / "wheels").glob("*.whl")))
+    environment = os.environ | {"DEEPSIM_CUDA": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), wheels])}
+    if name == "suite, tiles":
+        environment["DEEPSIM_CUDA_MINING"] = "tiles"
+    start = time.monotonic()
+    log = folder / (name.replace(", ", "-").replace(" ", "-") + ".log")
+    with log.open("w") as out:
+        try:
+            status = subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, timeout=limit
+            ).returncode
+            outcome = "ok" if status == 0 else f"FAILED with exit code {status}"
+        except subprocess.TimeoutExpired:
+            outcome = f"STOPPED after {limit:.0f} s"
+        except OSError as error:
+            outcome = f"not run: {error.strerror}"
+    lines = log.read_text(errors="replace").splitlines()
+    seconds = round(time.monotonic() - start, 1)
+    return {"step": name, "outcome": outcome, "seconds": seconds, "last": lines[-1][:160] if lines else ""}
+
+
+def main() -> int:
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "gpu-check").resolve()
+    if (
+        shutil.which("nvidia-smi") is None
+        or subprocess.run(["nvidia-smi"], capture_output=True).returncode != 0
+    ):
+        print("gpu-check: no NVIDIA GPU here")
+        return 2
+    folder.mkdir(parents=True, exist_ok=True)
+    results: list[dict[str, object]] = []
+    deadline = time.monotonic() + 530  # under nine minutes
+    for name, command, limit in steps(folder):
+        left = deadline - time.monotonic()
+        if left < 5:
+            results.append({"step": name, "outcome": "not run: no time left", "seconds": 0, "last": ""})
+            continue
+        results.append(run(name, command, min(limit, left), folder))
+        summary = "\n".join("{step:16} {outcome:28} {seconds:6} s  {last}".format(**r) for r in results)
+        (folder / "summary.txt").write_text(summary + "\n")
+        (folder / "summary.json").write_text(json.dumps(results, indent=1) + "\n")
+    for binary in ("check_wrappers", "check_kernels"):
+        (folder / binary).unlink(missing_ok=True)
+    if (folder / "gpu.md").exists():
+        print((folder / "gpu.md").read_text())
+    print(summary)
+    return 0 if all(r["outcome"] == "ok" for r in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
