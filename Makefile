@@ -24,7 +24,7 @@ test-fast: $(VENV)/built
 # The CUDA kernels on CPU tensors, by the emulator: small batches by direct differences, then every batch by tiles. What takes
 # minutes there and differs in no kernel from the rest is left out.
 EMULATED := not gradcheck or (gradcheck and mean and not nonzero and l2) or (gradcheck and sum and soft)
-EMULATED_GRAM := $(EMULATED) and not (37.5 or none or bchw) and not gatys and not (mean and l1) and not (sum and l2)
+EMULATED_GRAM := ($(EMULATED)) and not (37.5 or none or bchw) and not gatys and not (mean and l1) and not (sum and l2)
 test-emulated: $(VENV)/built
 	$(BIN)/python -m pytest -q --emulated tests/test_batch_hard.py -k "$(EMULATED)"
 	DEEPSIM_CUDA_MINING=tiles $(BIN)/python -m pytest -q --emulated tests/test_batch_hard.py -k "not gradcheck"

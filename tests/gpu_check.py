@@ -20,6 +20,11 @@ PYTHON = sys.executable
 CHECK_FLAGS = ["-std=c++17", "-O2", "-x", "cu", "-I.", "-Itests/emulator", "-arch=native"]
 
 
+def toolkit(program: str) -> str:
+    """A program of the CUDA toolkit."""
+    return shutil.which(program) or f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/{program}"
+
+
 def pytest(*arguments: str) -> list[str]:
     return [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
 
@@ -27,15 +32,27 @@ def pytest(*arguments: str) -> list[str]:
 def steps(folder: Path) -> list[tuple[str, list[str], int]]:
     """Name, command and seconds allowed, in order of what is most worth knowing."""
     wrappers, kernels = str(folder / "check_wrappers"), str(folder / "check_kernels")
-    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    nvcc, sanitizer = toolkit("nvcc"), toolkit("compute-sanitizer")
+    wheels = [str(w) for w in sorted((ROOT / "wheels").glob("*.whl"))]
+    install = [
+        PYTHON,
+        "-m",
+        "pip",
+        "install",
+        "--no-index",
+        "--no-deps",
+        "--target",
+        str(folder / "packages"),
+    ]
     suite = ["tests/test_batch_hard.py", "tests/test_gram.py"]
     result = [
         ("gpu", ["nvidia-smi"], 20),
+        *([("wheels", [*install, *wheels], 60)] if wheels else []),
         ("build", [PYTHON, "setup.py", "build_ext", "--inplace"], 200),
         ("info", [PYTHON, "-m", "deepsim_ext", "info"], 60),
-        ("build wrappers", ["nvcc", *CHECK_FLAGS, "tests/emulator/check_wrappers.cpp", "-o", wrappers], 60),
+        ("build wrappers", [nvcc, *CHECK_FLAGS, "tests/emulator/check_wrappers.cpp", "-o", wrappers], 60),
         ("wrappers", [wrappers], 30),
-        ("build kernels", ["nvcc", *CHECK_FLAGS, "tests/emulator/check_kernels.cpp", "-o", kernels], 90),
+        ("build kernels", [nvcc, *CHECK_FLAGS, "tests/emulator/check_kernels.cpp", "-o", kernels], 90),
         ("kernels", [kernels, "0", "3"], 60),
         ("suite", pytest("--on-cuda", "-x", *suite, "-k", "not gradcheck"), 150),
         ("suite, tiles", pytest("--on-cuda", "-x", suite[0], "-k", "not gradcheck"), 60),
@@ -51,8 +68,8 @@ def steps(folder: Path) -> list[tuple[str, list[str], int]]:
 
 def run(name: str, command: list[str], limit: float, folder: Path) -> dict[str, object]:
     """One step: what came of it, and its output in a log."""
-    wheels = os.pathsep.join(str(w) for w in sorted((ROOT / "wheels").glob("*.whl")))
-    environment = os.environ | {"DEEPSIM_CUDA": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), wheels])}
+    path = os.pathsep.join([str(ROOT), str(folder / "packages")])
+    environment = os.environ | {"DEEPSIM_CUDA": "1", "PYTHONPATH": path}
     if name == "suite, tiles":
         environment["DEEPSIM_CUDA_MINING"] = "tiles"
     start = time.monotonic()
@@ -94,6 +111,7 @@ def main() -> int:
         (folder / "summary.json").write_text(json.dumps(results, indent=1) + "\n")
     for binary in ("check_wrappers", "check_kernels"):
         (folder / binary).unlink(missing_ok=True)
+    shutil.rmtree(folder / "packages", ignore_errors=True)
     if (folder / "gpu.md").exists():
         print((folder / "gpu.md").read_text())
     print(summary)
