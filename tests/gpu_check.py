@@ -1,8 +1,8 @@
 """Everything that only a GPU can tell, in one command: `make gpu-check OUT=folder`.
 
 Needs an NVIDIA GPU, nvcc, g++, torch, numpy, ninja and setuptools; pytest and hypothesis may be carried as
-wheels in a folder `wheels/`. No network, no virtual environment. Every step has a time limit, a log in the
-folder and a line in its summary, written after each step: a stop in the middle leaves what was done.
+wheels in a folder `wheels/`. No network, no virtual environment. Every step has a time limit, its output in
+log.txt and a line in summary.txt, written after each step: a stop in the middle leaves what was done.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -26,24 +28,17 @@ def toolkit(program: str) -> str:
 
 
 def pytest(*arguments: str) -> list[str]:
-    return [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    options = ["-v", "--maxfail=30", "--tb=short", "-p", "no:cacheprovider"]
+    return [PYTHON, "-m", "pytest", *options, *arguments]
 
 
-def steps(folder: Path) -> list[tuple[str, list[str], int]]:
+def steps(folder: Path, scratch: Path) -> list[tuple[str, list[str], int]]:
     """Name, command and seconds allowed, in order of what is most worth knowing."""
-    wrappers, kernels = str(folder / "check_wrappers"), str(folder / "check_kernels")
+    wrappers, kernels = str(scratch / "check_wrappers"), str(scratch / "check_kernels")
     nvcc, sanitizer = toolkit("nvcc"), toolkit("compute-sanitizer")
     wheels = [str(w) for w in sorted((ROOT / "wheels").glob("*.whl"))]
-    install = [
-        PYTHON,
-        "-m",
-        "pip",
-        "install",
-        "--no-index",
-        "--no-deps",
-        "--target",
-        str(folder / "packages"),
-    ]
+    install = [PYTHON, "-m", "pip", "install", "--no-index", "--no-deps"]
+    install += ["--target", str(scratch / "packages")]
     suite = ["tests/test_batch_hard.py", "tests/test_gram.py"]
     result = [
         ("gpu", ["nvidia-smi"], 20),
@@ -54,8 +49,8 @@ def steps(folder: Path) -> list[tuple[str, list[str], int]]:
         ("wrappers", [wrappers], 30),
         ("build kernels", [nvcc, *CHECK_FLAGS, "tests/emulator/check_kernels.cpp", "-o", kernels], 90),
         ("kernels", [kernels, "0", "3"], 60),
-        ("suite", pytest("--on-cuda", "-x", *suite, "-k", "not gradcheck"), 150),
-        ("suite, tiles", pytest("--on-cuda", "-x", suite[0], "-k", "not gradcheck"), 60),
+        ("suite", pytest("--on-cuda", *suite, "-k", "not gradcheck"), 150),
+        ("suite, tiles", pytest("--on-cuda", suite[0], "-k", "not gradcheck"), 60),
         ("gpu only", pytest("tests/test_cuda.py"), 90),
         ("benchmark", [PYTHON, "-m", "benchmarks.gpu", str(folder), "--seconds", "150"], 220),
     ]
@@ -66,25 +61,39 @@ def steps(folder: Path) -> list[tuple[str, list[str], int]]:
     return result
 
 
-def run(name: str, command: list[str], limit: float, folder: Path) -> dict[str, object]:
-    """One step: what came of it, and its output in a log."""
-    path = os.pathsep.join([str(ROOT), str(folder / "packages")])
+def run(name: str, command: list[str], limit: float, log: Path, scratch: Path) -> dict[str, object]:
+    """One step: what came of it, and its output at the end of the log."""
+    path = os.pathsep.join([str(ROOT), str(scratch / "packages"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"DEEPSIM_CUDA": "1", "PYTHONPATH": path}
     if name == "suite, tiles":
         environment["DEEPSIM_CUDA_MINING"] = "tiles"
     start = time.monotonic()
-    log = folder / (name.replace(", ", "-").replace(" ", "-") + ".log")
-    with log.open("w") as out:
+    output = scratch / "output"
+    with output.open("w") as out:
         try:
-            status = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, timeout=limit
-            ).returncode
-            outcome = "ok" if status == 0 else f"FAILED with exit code {status}"
-        except subprocess.TimeoutExpired:
-            outcome = f"STOPPED after {limit:.0f} s"
+            # A group of its own: compilers and kernels that a step has started end with it.
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         except OSError as error:
             outcome = f"not run: {error.strerror}"
-    lines = log.read_text(errors="replace").splitlines()
+        else:
+            try:
+                status = process.wait(limit)
+                outcome = "ok" if status == 0 else f"FAILED with exit code {status}"
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                outcome = f"STOPPED after {limit:.0f} s"
+    text = output.read_text(errors="replace")
+    with log.open("a") as whole:
+        whole.write(f"==== {name}: {outcome}\n{text}\n")
+    lines = text.splitlines()
     seconds = round(time.monotonic() - start, 1)
     return {"step": name, "outcome": outcome, "seconds": seconds, "last": lines[-1][:160] if lines else ""}
 
@@ -100,18 +109,19 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, object]] = []
     deadline = time.monotonic() + 530  # under nine minutes
-    for name, command, limit in steps(folder):
+    scratch = Path(tempfile.mkdtemp())
+    log = folder / "log.txt"
+    log.unlink(missing_ok=True)
+    for name, command, limit in steps(folder, scratch):
         left = deadline - time.monotonic()
         if left < 5:
             results.append({"step": name, "outcome": "not run: no time left", "seconds": 0, "last": ""})
             continue
-        results.append(run(name, command, min(limit, left), folder))
+        results.append(run(name, command, min(limit, left), log, scratch))
         summary = "\n".join("{step:16} {outcome:28} {seconds:6} s  {last}".format(**r) for r in results)
         (folder / "summary.txt").write_text(summary + "\n")
         (folder / "summary.json").write_text(json.dumps(results, indent=1) + "\n")
-    for binary in ("check_wrappers", "check_kernels"):
-        (folder / binary).unlink(missing_ok=True)
-    shutil.rmtree(folder / "packages", ignore_errors=True)
+    shutil.rmtree(scratch)
     if (folder / "gpu.md").exists():
         print((folder / "gpu.md").read_text())
     print(summary)

@@ -132,6 +132,21 @@ def test_float16_neither_overflows_nor_loses_small_layers():
     assert naive.isinf().all()  # what torch's own float16 product gives
 
 
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_every_way_to_allow_tf32_is_understood(precision):
+    """The settings of torch.backends.cuda, which CUDA kernels read."""
+    features = torch.randn(1, 40, 9, requires_grad=True)
+    exact = reference.gram_matrix(features.detach().double())
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = precision
+    try:
+        got = gram_matrix(features)
+        got.sum().backward()
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert_close(got.detach(), exact, 2e-3 if precision == "tf32" else 2e-6)
+
+
 @by_dtype
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_nan_or_inf_makes_the_loss_nan_or_inf(dtype, bad):
@@ -141,8 +156,9 @@ def test_a_nan_or_inf_makes_the_loss_nan_or_inf(dtype, bad):
     assert not loss.isfinite()
 
 
-def test_small_slope_is_zero_at_the_target():
-    features = torch.randn(2, 5, 6, 6, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_small_slope_is_zero_at_the_target(dtype):
+    features = torch.randn(2, 5, 6, 6, dtype=dtype, requires_grad=True)
     for distance in ("l2", "l1"):
         style_loss(features, gram_matrix(features).detach(), distance=distance).backward()
         assert torch.equal(features.grad, torch.zeros_like(features))

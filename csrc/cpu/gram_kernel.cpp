@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../common/checks.h"
+#include "../common/layout.h"
 #include "capability.h"
 #include "huge_pages.h"
 
@@ -34,13 +35,6 @@ struct PartialTiles {
   int64_t slices, panels, tiles, tile_size;
   at::Tensor buffer;
 };
-
-// A view or copy of features in which channels or positions are adjacent.
-at::Tensor with_adjacent_axis(const at::Tensor& features) {
-  const bool positions = features.stride(2) == 1 || features.size(2) == 1;
-  const bool channels = features.stride(1) == 1 || features.size(1) == 1;
-  return positions || channels ? features : features.contiguous();
-}
 
 // Positions [begin, end) of sample b, from a tensor with an adjacent axis.
 FeatureSlice feature_slice(const at::Tensor& features, int64_t b, int64_t begin, int64_t end) {

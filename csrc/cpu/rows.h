@@ -7,13 +7,10 @@
 #include <algorithm>
 #include <vector>
 
+#include "../common/layout.h"
 #include "kernels.h"
 
 namespace deepsim::cpu {
-
-inline at::Tensor with_adjacent_columns(const at::Tensor& x) {
-  return x.size(1) == 1 || x.stride(1) == 1 ? x : x.contiguous();
-}
 
 inline Rows rows_of(const at::Tensor& x) { return {x.const_data_ptr(), x.size(0), x.size(1), x.stride(0)}; }
 

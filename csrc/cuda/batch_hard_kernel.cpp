@@ -1,7 +1,6 @@
 // Batch-hard triplet loss on CUDA, the torch side: memory and what the launches in batch_hard.cu are to work on.
 #include "../batch_hard.h"
 
-#include <ATen/Context.h>
 #include <ATen/Functions.h>
 #include <torch/library.h>
 
@@ -11,6 +10,7 @@
 #include <tuple>
 
 #include "../common/checks.h"
+#include "../common/layout.h"
 #include "backend.h"
 #include "batch_hard.h"
 #include "storage_of.h"
@@ -38,8 +38,6 @@ Mining mining_for(at::ScalarType type, int64_t anchors, int64_t references) {
   }
   return anchors <= kMostDirectRows && references <= kMostDirectRows ? Mining::direct : Mining::tiles;
 }
-
-at::Tensor with_adjacent_columns(const at::Tensor& x) { return x.size(1) == 1 || x.stride(1) == 1 ? x : x.contiguous(); }
 
 Rows rows_of(const at::Tensor& x) { return {x.const_data_ptr(), x.size(0), x.size(1), x.stride(0)}; }
 
@@ -104,9 +102,6 @@ OwnedSet own_set(const at::Tensor& x, const at::Tensor& labels, int64_t row_byte
   return s;
 }
 
-// One pass of products of 11 bits does where torch's own matrix products of float32 are allowed TF32, which has as many.
-bool single_pass_allowed() { return at::globalContext().allowTF32CuBLAS(); }
-
 void mine_and_finish_direct(const OwnedBatch& b, const Triplets& out, const LossOptions& options, void* stream) {
   const int64_t anchors = b.x.size(0), references = b.ref.size(0);
   const int splits = direct_splits(anchors, references);
@@ -121,7 +116,7 @@ void mine_and_finish_direct(const OwnedBatch& b, const Triplets& out, const Loss
 void mine_and_finish_tiles(const OwnedBatch& b, const Triplets& out, const LossOptions& options, void* stream) {
   const bool centred = b.view.storage == Storage::float32;
   TileMining m = {};
-  m.single_pass = centred && single_pass_allowed();
+  m.single_pass = tf32_allowed(b.x);
   const int64_t depth = b.x.size(1), row_bytes = operand_row_bytes(b.view.storage, depth, m.single_pass);
   const OwnedSet anchors = own_set(b.x, b.labels, row_bytes);
   const OwnedSet references = b.view.self_form ? anchors : own_set(b.ref, b.ref_labels, row_bytes);

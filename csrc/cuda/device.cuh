@@ -38,6 +38,9 @@ __device__ __forceinline__ void narrow(double v, double& out) { out = v; }
 __device__ __forceinline__ void narrow(float v, Half& out) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(v)); }
 __device__ __forceinline__ void narrow(float v, BFloat16& out) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(v)); }
 
+// a * b rounded, and not drawn into one operation with what is added next: then equal terms cancel.
+__device__ __forceinline__ double rounded_product(double a, double b) { return __dmul_rn(a, b); }
+
 // The block's dynamic shared memory as one struct; the launch passes sizeof(T).
 template <class T>
 __device__ __forceinline__ T& shared_memory() {
@@ -109,6 +112,7 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared_byt
   const auto check = [](cudaError_t error) {
     if (error != cudaSuccess) throw std::runtime_error(std::string("deepsim_ext: CUDA: ") + cudaGetErrorString(error));
   };
+  if (blocks < 1 || blocks > 0x7fffffff) throw std::runtime_error("deepsim_ext: too large for one launch: " + std::to_string(blocks));
   constexpr size_t kWithoutAsking = 48 * 1024;
   if (shared_bytes > kWithoutAsking) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));

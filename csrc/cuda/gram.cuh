@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kReduceThreads) gram_reduce_kernel(int64_t cha
     if (i < channels && j < channels && i <= j) {  // the lower half of a tile on the diagonal says the same again
       const auto write = [&](int64_t r, int64_t c) {
         const int64_t at = r * channels + c;
-        T v = T(out.scale * sum);
+        T v = T(rounded_product(out.scale, sum));
         if (out.target) v -= static_cast<const T*>(out.target)[b * out.target_stride + at];
         static_cast<T*>(out.matrix)[b * channels * channels + at] = v;
         loss += out.squared ? double(v) * double(v) : std::fabs(double(v));

@@ -1,25 +1,19 @@
 // Gram matrix and style loss on CUDA, the torch side: memory and what the launches in gram.cu are to work on.
 #include "../gram.h"
 
-#include <ATen/Context.h>
 #include <ATen/Functions.h>
 #include <torch/library.h>
 
 #include <tuple>
 
 #include "../common/checks.h"
+#include "../common/layout.h"
 #include "backend.h"
 #include "gram.h"
 #include "storage_of.h"
 
 namespace deepsim::cuda {
 namespace {
-
-// A view or copy of features in which channels or positions are adjacent.
-at::Tensor with_adjacent_axis(const at::Tensor& f) {
-  const bool positions = f.stride(2) == 1 || f.size(2) == 1, channels = f.stride(1) == 1 || f.size(1) == 1;
-  return positions || channels ? f : f.contiguous();
-}
 
 // Strides of an axis of size 1 say nothing: they are set to what the kernels expect.
 Features features_of(const at::Tensor& f) {
@@ -62,7 +56,7 @@ at::Tensor gram_minus(const at::Tensor& features, double scale, const Target& ta
     out.factor = target.factor;
     out.squared = target.squared;
   }
-  gram(storage_of(f.scalar_type()), at::globalContext().allowTF32CuBLAS(), features_of(f), space, out, current_stream(f));
+  gram(storage_of(f.scalar_type()), tf32_allowed(f), features_of(f), space, out, current_stream(f));
   return matrix;
 }
 
@@ -95,7 +89,7 @@ at::Tensor gram_matrix_backward(const at::Tensor& grad_gram, const at::Tensor& f
   const at::Tensor f = with_adjacent_axis(features), g = grad_gram.contiguous();
   at::Tensor grad = at::empty_like(features), symmetric = at::empty_like(g);
   at::Tensor out = with_adjacent_axis(grad);
-  gram_gradient(storage_of(f.scalar_type()), at::globalContext().allowTF32CuBLAS(), features_of(f), g.const_data_ptr(), scale,
+  gram_gradient(storage_of(f.scalar_type()), tf32_allowed(f), features_of(f), g.const_data_ptr(), scale,
                 symmetric.mutable_data_ptr(), features_of(out), current_stream(f));
   if (!out.is_same(grad)) grad.copy_(out);
   return grad;

@@ -4,7 +4,8 @@
 // 16-byte pieces of row r stand at piece ^ (r % 8), so that neither storing rows nor reading columns of shared memory meets a
 // bank twice. What a piece holds is told by the operand's type:
 //
-//   Plain<S>  eight elements of 16-bit rows as they are, or of float32 rows scaled by a power of two and rounded to 11 bits
+//   Plain<S>  eight elements of 16-bit rows as they are (for cosine scaled by a power of two), or of float32 rows scaled by a power of
+//             two and rounded to 11 bits
 //   Split     four elements of float32 rows scaled by a power of two, each as the sum of two float16: [h h h h l l l l]
 //
 // Scaling brings the largest element of a row to 2^10 up to 2^11, so nothing overflows and what float16 cannot hold is below
@@ -150,7 +151,7 @@ __global__ void __launch_bounds__(kWarp * 8, 4) pack_kernel(PackArguments p) {
   }
   square = warp_sum(square);
   for (int bits = kWarp / 2; bits > 0; bits /= 2) largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, bits));
-  const float factor = p.centre ? scale_to_half(largest) : 1.0f;
+  const float factor = p.centre || p.norms ? scale_to_half(largest) : 1.0f;
 
   for (int64_t piece = lane_index(); piece < chunks * kPieces; piece += kWarp) {
     float v[Operand::kElements];
@@ -169,10 +170,10 @@ __global__ void __launch_bounds__(kWarp * 8, 4) pack_kernel(PackArguments p) {
   if (lane_index() != 0) return;
   float half_norm = float(square / 2), scale = 1 / factor;
   if (zero_row || (p.norms && !p.centre)) half_norm = 0.5f;  // a zero row is at 1/2 + 1/2 - 0 from everyone
-  if (p.norms && !p.centre) scale = float(inverse_norm);
+  if (p.norms && !p.centre) scale = float(inverse_norm / double(factor));
   if (filling) half_norm = infinity<float>();
-  // Also where a float could not hold the distance of two such rows.
-  if (!filling && !(square / 2 < 3.402823466e38 / 8)) atomicOr(&p.flags->not_finite, 1);
+  // Also where a float could not hold the distance of two such rows. (Cosine: the norms have told.)
+  if (!filling && !p.norms && !(square / 2 < 3.402823466e38 / 8)) atomicOr(&p.flags->not_finite, 1);
   p.out.half_norm[position] = half_norm;
   p.out.scale[position] = scale;
   p.out.label_id[position] = int32_t(id);

@@ -23,7 +23,7 @@ __device__ __forceinline__ double distance_between(const S* a, const S* b, int64
   const double scale_a = cosine ? 1 / norm_a : 1, scale_b = cosine ? 1 / norm_b : 1;
   double square = 0;
   for (int64_t k = lane_index(); k < depth; k += kWarp) {
-    const double difference = double(widen(a[k])) * scale_a - double(widen(b[k])) * scale_b;
+    const double difference = rounded_product(double(widen(a[k])), scale_a) - rounded_product(double(widen(b[k])), scale_b);
     square += difference * difference;
   }
   square = warp_sum(square);

@@ -97,7 +97,7 @@ struct TensorProduct {
   __device__ __forceinline__ static uint32_t split(uint32_t& bits) {
     const float rest = __uint_as_float(bits) - __uint_as_float(bits & 0xffffe000u);
     bits &= 0xffffe000u;
-    return __float_as_uint(rest) + 0x1000u;
+    return rest != rest ? 0x7fc00000u : __float_as_uint(rest) + 0x1000u;
   }
 
   __device__ __forceinline__ void add(const Operand& a, const Operand& b) {

@@ -1,6 +1,8 @@
 // The part of the CUDA language and runtime that the kernels use, on top of the emulator.
 #pragma once
 
+#include "halves.h"
+
 #define threadIdx (::emulator::thread_index())
 #define blockIdx (::emulator::block()->index)
 #define gridDim (::emulator::block()->grid)
@@ -50,16 +52,8 @@ inline unsigned ballot(int line, unsigned mask, bool predicate) {
 
 }  // namespace emulator
 
-inline unsigned __float_as_uint(float f) {
-  unsigned u;
-  std::memcpy(&u, &f, 4);
-  return u;
-}
-inline float __uint_as_float(unsigned u) {
-  float f;
-  std::memcpy(&f, &u, 4);
-  return f;
-}
+inline unsigned __float_as_uint(float f) { return halves::bits_of(f); }
+inline float __uint_as_float(unsigned u) { return halves::float_of(u); }
 inline int __ffs(unsigned v) { return __builtin_ffs(int(v)); }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }

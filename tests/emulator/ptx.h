@@ -1,8 +1,6 @@
 // The wrappers of csrc/cuda/device.cuh, on top of the emulator. Layouts are those of the PTX ISA.
 #pragma once
 
-#include "halves.h"
-
 namespace deepsim::cuda {
 
 struct Half {
@@ -21,6 +19,8 @@ inline void narrow(float v, float& out) { out = v; }
 inline void narrow(double v, double& out) { out = v; }
 inline void narrow(float v, BFloat16& out) { out.bits = halves::to_bfloat16(v); }
 inline void narrow(float v, Half& out) { out.bits = halves::to_float16(v); }
+
+inline double rounded_product(double a, double b) { return a * b; }
 
 namespace ptx {
 
