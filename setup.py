@@ -83,6 +83,8 @@ class Build(BuildExtension):
 
     def cuda_objects(self) -> list[str]:
         options = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        # Host code cannot see for which GPUs device code is compiled.
+        macros = ["-DDEEPSIM_SM_90A"] if "sm_90a" in ARCHITECTURE_NAMES.split() else []
         sources = [__file__, *glob("csrc/cuda/*"), *glob("csrc/common/*")]
         newest = max(Path(source).stat().st_mtime for source in sources)
         Path(self.build_temp).mkdir(parents=True, exist_ok=True)
@@ -92,7 +94,7 @@ class Build(BuildExtension):
             objects.append(str(target))
             if target.exists() and target.stat().st_mtime > newest:
                 continue
-            command = [NVCC, *options, *ARCHITECTURE_FLAGS, "-c", source, "-o", str(target)]
+            command = [NVCC, *options, *ARCHITECTURE_FLAGS, *macros, "-c", source, "-o", str(target)]
             running.append(subprocess.Popen(command))
         if any([process.wait() for process in running]):
             sys.exit("deepsim_ext: nvcc failed; DEEPSIM_CUDA=0 builds without CUDA kernels")

@@ -19,7 +19,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
-CHECK_FLAGS = ["-std=c++17", "-O2", "-x", "cu", "-I.", "-Itests/emulator", "-arch=native"]
+CHECK_FLAGS = ["-std=c++17", "-O2", "-x", "cu", "-I.", "-Itests/emulator"]
+
+
+def is_hopper() -> bool:
+    """Whether the GPU that is here has wgmma."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True).stdout.startswith("9.0")
 
 
 def toolkit(program: str) -> str:
@@ -37,6 +43,9 @@ def steps(folder: Path, scratch: Path) -> list[tuple[str, list[str], int]]:
     wrappers, kernels = str(scratch / "check_wrappers"), str(scratch / "check_kernels")
     nvcc, sanitizer = toolkit("nvcc"), toolkit("compute-sanitizer")
     wheels = [str(w) for w in sorted((ROOT / "wheels").glob("*.whl"))]
+    hopper = is_hopper()
+    native = ["-gencode=arch=compute_90a,code=sm_90a", "-DDEEPSIM_SM_90A"] if hopper else ["-arch=native"]
+    check_flags = CHECK_FLAGS + native
     install = [PYTHON, "-m", "pip", "install", "--no-index", "--no-deps"]
     install += ["--target", str(scratch / "packages")]
     suite = ["tests/test_batch_hard.py", "tests/test_gram.py"]
@@ -45,12 +54,13 @@ def steps(folder: Path, scratch: Path) -> list[tuple[str, list[str], int]]:
         *([("wheels", [*install, *wheels], 60)] if wheels else []),
         ("build", [PYTHON, "setup.py", "build_ext", "--inplace"], 200),
         ("info", [PYTHON, "-m", "deepsim_ext", "info"], 60),
-        ("build wrappers", [nvcc, *CHECK_FLAGS, "tests/emulator/check_wrappers.cpp", "-o", wrappers], 60),
+        ("build wrappers", [nvcc, *check_flags, "tests/emulator/check_wrappers.cpp", "-o", wrappers], 60),
         ("wrappers", [wrappers], 30),
-        ("build kernels", [nvcc, *CHECK_FLAGS, "tests/emulator/check_kernels.cpp", "-o", kernels], 90),
+        ("build kernels", [nvcc, *check_flags, "tests/emulator/check_kernels.cpp", "-o", kernels], 90),
         ("kernels", [kernels, "0", "3"], 60),
         ("suite", pytest("--on-cuda", *suite, "-k", "not gradcheck"), 150),
-        ("suite, tiles", pytest("--on-cuda", suite[0], "-k", "not gradcheck"), 60),
+        ("suite, mma", pytest("--on-cuda", suite[0], "-k", "not gradcheck"), 60),
+        *([("suite, wgmma", pytest("--on-cuda", suite[0], "-k", "not gradcheck"), 60)] if hopper else []),
         ("gpu only", pytest("tests/test_cuda.py"), 90),
         ("benchmark", [PYTHON, "-m", "benchmarks.gpu", str(folder), "--seconds", "150"], 220),
     ]
@@ -65,8 +75,8 @@ def run(name: str, command: list[str], limit: float, log: Path, scratch: Path) -
     """One step: what came of it, and its output at the end of the log."""
     path = os.pathsep.join([str(ROOT), str(scratch / "packages"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"DEEPSIM_CUDA": "1", "PYTHONPATH": path}
-    if name == "suite, tiles":
-        environment["DEEPSIM_CUDA_MINING"] = "tiles"
+    if name.startswith("suite, "):
+        environment["DEEPSIM_CUDA_MINING"] = name.removeprefix("suite, ")
     start = time.monotonic()
     output = scratch / "output"
     with output.open("w") as out:

@@ -5,7 +5,8 @@
 
 #include "dispatch.cuh"
 #include "mine_direct.cuh"
-#include "mine_tiles.cuh"
+#include "mine_mma.cuh"
+#include "mine_wgmma.cuh"
 #include "pack.cuh"
 #include "triplets.cuh"
 
@@ -73,7 +74,12 @@ void mine_packed(const Batch& batch, const TileMining& mining, void* stream) {
   const int64_t down = blocks_for(a.row_tiles, kSquare), across = blocks_for(a.column_tiles, kSquare);
   const int64_t tiles = (a.self_form ? down * (down + 1) / 2 : down * across) * kSquare * kSquare;
   for (int64_t first = 0; first < tiles; first += kMostBlocks) {
-    launch(mine_tiles_kernel<Operand>, std::min(tiles - first, kMostBlocks), kTileThreads, sizeof(TileShared), stream, a, first);
+    const int64_t blocks = std::min(tiles - first, kMostBlocks);
+    if (mining.by_wgmma) {
+      launch(mine_wgmma_kernel<Operand>, blocks, kTileThreads, sizeof(WgmmaShared), stream, a, first);
+    } else {
+      launch(mine_mma_kernel<Operand>, blocks, kTileThreads, sizeof(MmaShared), stream, a, first);
+    }
   }
 }
 
@@ -105,6 +111,8 @@ int64_t operand_row_bytes(Storage storage, int64_t depth, bool single_pass) {
   const int64_t elements = storage == Storage::float32 && !single_pass ? kPieces * Split::kElements : kPieces * Plain<Half>::kElements;
   return blocks_for(depth, elements) * kChunkBytes;
 }
+
+bool can_use_wgmma() { return has_wgmma(); }
 
 int centre_slices(int64_t rows) { return int(std::clamp<int64_t>(rows / 256, 1, 64)); }
 

@@ -24,7 +24,6 @@ struct Flags {
   int32_t not_finite;  // a NaN or inf in the embeddings, or rows so long that their distance overflows: nothing is chosen
   int32_t zero_row;    // cosine: some row has no direction
   uint32_t finished;   // blocks of the last kernel that are through
-  int32_t unused;
 };
 
 // One call's batch. In the self form the references are the anchors.
@@ -74,14 +73,17 @@ struct PackedSet {
 };
 
 struct TileMining {
+  bool by_wgmma;  // instead of mma
   bool single_pass;
   PackedSet anchors, references;          // the same in the self form
   int centre_slices;                      // of centre_sums
   double* centre_sums;                    // [2][centre_slices][depth]
   float* centre;                          // [depth], null for 16-bit storage: its rows stay as they are
-  unsigned long long *positive, *negative;  // [padded anchors] all zero at the start, see mine_tiles.cuh
+  unsigned long long *positive, *negative;  // [padded anchors] all zero at the start, see search_tile.cuh
 };
 
+// Whether the current device has wgmma, and this was compiled for it.
+bool can_use_wgmma();
 int centre_slices(int64_t rows);
 void mine_tiles(const Batch& batch, const TileMining& mining, void* stream);
 

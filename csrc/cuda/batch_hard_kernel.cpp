@@ -26,17 +26,20 @@ constexpr int64_t kMostDirectRows = 1024;
 // Up to this many anchors each row looks for those who chose it itself; beyond, choices are sorted.
 constexpr int64_t kMostSearchedChoices = 4096;
 
-enum class Mining { direct, tiles };
+enum class Mining { direct, mma, wgmma };
 
+// DEEPSIM_CUDA_MINING=direct, mma or wgmma asks for one of them, to test it or to measure it.
 Mining mining_for(at::ScalarType type, int64_t anchors, int64_t references) {
   if (type == at::kDouble) return Mining::direct;
-  const char* wanted = std::getenv("DEEPSIM_CUDA_MINING");
-  if (wanted != nullptr && *wanted != '\0') {
-    TORCH_CHECK_VALUE(std::string(wanted) == "direct" || std::string(wanted) == "tiles",
-                      "DEEPSIM_CUDA_MINING must be direct or tiles, got ", wanted);
-    return *wanted == 'd' ? Mining::direct : Mining::tiles;
-  }
-  return anchors <= kMostDirectRows && references <= kMostDirectRows ? Mining::direct : Mining::tiles;
+  const char* variable = std::getenv("DEEPSIM_CUDA_MINING");
+  const std::string wanted = variable ? variable : "";
+  TORCH_CHECK_VALUE(wanted.empty() || wanted == "direct" || wanted == "mma" || wanted == "wgmma",
+                    "DEEPSIM_CUDA_MINING must be direct, mma or wgmma, got ", wanted);
+  TORCH_CHECK_VALUE(wanted != "wgmma" || can_use_wgmma(),
+                    "DEEPSIM_CUDA_MINING is wgmma, which needs a GPU of compute capability 9.0 and a build for 9.0a");
+  const bool small = anchors <= kMostDirectRows && references <= kMostDirectRows;
+  if (wanted == "direct" || (wanted.empty() && small)) return Mining::direct;
+  return wanted == "wgmma" || (wanted.empty() && can_use_wgmma()) ? Mining::wgmma : Mining::mma;
 }
 
 Rows rows_of(const at::Tensor& x) { return {x.const_data_ptr(), x.size(0), x.size(1), x.stride(0)}; }
@@ -113,9 +116,10 @@ void mine_and_finish_direct(const OwnedBatch& b, const Triplets& out, const Loss
   finish_direct(b.view, found, out, options, stream);
 }
 
-void mine_and_finish_tiles(const OwnedBatch& b, const Triplets& out, const LossOptions& options, void* stream) {
+void mine_and_finish_tiles(const OwnedBatch& b, bool by_wgmma, const Triplets& out, const LossOptions& options, void* stream) {
   const bool centred = b.view.storage == Storage::float32;
   TileMining m = {};
+  m.by_wgmma = by_wgmma;
   m.single_pass = tf32_allowed(b.x);
   const int64_t depth = b.x.size(1), row_bytes = operand_row_bytes(b.view.storage, depth, m.single_pass);
   const OwnedSet anchors = own_set(b.x, b.labels, row_bytes);
@@ -143,10 +147,11 @@ void mine_and_finish(const OwnedBatch& b, const Triplets& out, const LossOptions
   const bool empty = anchors == 0 || references == 0;
   if (b.view.distance == Distance::cosine || empty) row_norms(b.view, stream);
   if (empty) return finish_direct(b.view, {0, nullptr, nullptr}, out, options, stream);  // nobody to choose
-  if (mining_for(b.x.scalar_type(), anchors, references) == Mining::direct) {
+  const Mining mining = mining_for(b.x.scalar_type(), anchors, references);
+  if (mining == Mining::direct) {
     mine_and_finish_direct(b, out, options, stream);
   } else {
-    mine_and_finish_tiles(b, out, options, stream);
+    mine_and_finish_tiles(b, mining == Mining::wgmma, out, options, stream);
   }
 }
 

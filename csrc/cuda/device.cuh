@@ -41,6 +41,13 @@ __device__ __forceinline__ void narrow(float v, BFloat16& out) { asm("cvt.rn.bf1
 // a * b rounded, and not drawn into one operation with what is added next: then equal terms cancel.
 __device__ __forceinline__ double rounded_product(double a, double b) { return __dmul_rn(a, b); }
 
+// Whether this is being compiled for a GPU that has wgmma. (The pass for the host sees all of a kernel and emits none of it.)
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kHasWgmma = true;
+#else
+constexpr bool kHasWgmma = false;
+#endif
+
 // The block's dynamic shared memory as one struct; the launch passes sizeof(T).
 template <class T>
 __device__ __forceinline__ T& shared_memory() {
@@ -97,6 +104,89 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], 
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// ---- Hopper (sm_90a) ----
+
+// A barrier in shared memory. One phase is over when as many threads have arrived as it was initialised with and all bytes that
+// were expected have come; then the next begins. Phases count from 0.
+struct Mbarrier {
+  uint64_t state;
+};
+
+__device__ __forceinline__ void mbarrier_init(Mbarrier* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+// After initialising and before the __syncthreads behind which barriers are used, by copies as well.
+__device__ __forceinline__ void mbarrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void mbarrier_arrive(Mbarrier* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// Arrives, and makes the phase wait for so many bytes of bulk_copy.
+__device__ __forceinline__ void mbarrier_arrive_expect(Mbarrier* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+// Until phase `phase` is over; no more than one phase behind.
+__device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, int phase) {
+  asm volatile(
+      "{\n"
+      ".reg .pred over;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n"
+      "@!over bra again;\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(phase & 1)
+      : "memory");
+}
+
+// Copies bytes from global to shared memory (both, and their number, multiples of 16) by the copy engine; the barrier counts them.
+__device__ __forceinline__ void bulk_copy(void* shared, const void* global, int bytes, Mbarrier* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(shared)),
+               "l"(global), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+
+// wgmma: four warps, the first of them a multiple of four, multiply together and in the background. wgmma_fence comes before the
+// first product that reads registers written since; wgmma_commit closes a group; until wgmma_wait has counted down to the group,
+// neither `d` nor `a` may be touched nor `b` overwritten.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Rows of 128 bytes in shared memory, groups of eight 1024 bytes apart and as aligned, the 16-byte pieces of row r at piece ^ (r % 8):
+// stride 1024 >> 4 from bit 32, the 128-byte swizzle as 1 from bit 62; the offset from bit 16 is not used in this layout.
+__device__ __forceinline__ uint64_t swizzled_matrix(const void* p) {
+  return uint64_t(shared_address(p) >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+
+// d (+)= a b^T of four warps: a 64 x 16, warp w holding rows 16 w up to 16 w + 15 as in mma; b 128 x 16, read from swizzled rows that
+// begin 32 k bytes into a row; d 64 x 128, d[n] as in mma for columns 8 n up to 8 n + 7. Without `accumulate` d is overwritten.
+#define DEEPSIM_WGMMA(Type, name)                                                                                               \
+  __device__ __forceinline__ void wgmma(Type, float (&d)[16][4], const uint32_t (&a)[4], const void* b, bool accumulate) {        \
+    asm volatile(                                                                                                               \
+        "{\n"                                                                                                                   \
+        ".reg .pred accumulate;\n"                                                                                              \
+        "setp.ne.b32 accumulate, %69, 0;\n"                                                                                     \
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name                                                            \
+        " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, " \
+        "%25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "   \
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, "          \
+        "accumulate, 1, 1, 0;\n"                                                                                                \
+        "}"                                                                                                                     \
+        : DEEPSIM_ROW(0), DEEPSIM_ROW(1), DEEPSIM_ROW(2), DEEPSIM_ROW(3), DEEPSIM_ROW(4), DEEPSIM_ROW(5), DEEPSIM_ROW(6),       \
+          DEEPSIM_ROW(7), DEEPSIM_ROW(8), DEEPSIM_ROW(9), DEEPSIM_ROW(10), DEEPSIM_ROW(11), DEEPSIM_ROW(12), DEEPSIM_ROW(13),   \
+          DEEPSIM_ROW(14), DEEPSIM_ROW(15)                                                                                      \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(swizzled_matrix(b)), "r"(int(accumulate)));                            \
+  }
+#define DEEPSIM_ROW(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
+DEEPSIM_WGMMA(Half, "f16")
+DEEPSIM_WGMMA(BFloat16, "bf16")
+#undef DEEPSIM_ROW
+#undef DEEPSIM_WGMMA
+
+// ---- any ----
+
 // A value that other blocks may be raising at this moment; nothing is ordered by it.
 __device__ __forceinline__ unsigned long long load_relaxed(const unsigned long long* p) {
   unsigned long long v;
@@ -106,12 +196,26 @@ __device__ __forceinline__ unsigned long long load_relaxed(const unsigned long l
 
 }  // namespace ptx
 
-// Starts kernel(args...) on the stream. Throws what CUDA has to say against it.
+// Throws what CUDA has to say against a call.
+inline void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("deepsim_ext: CUDA: ") + cudaGetErrorString(error));
+}
+
+// Whether the current device can run kernels that need kHasWgmma, and they were compiled for it.
+inline bool has_wgmma() {
+#ifdef DEEPSIM_SM_90A
+  int device = 0, major = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return major == 9;
+#else
+  return false;
+#endif
+}
+
+// Starts kernel(args...) on the stream.
 template <class... P, class... A>
 void launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared_bytes, void* stream, const A&... args) {
-  const auto check = [](cudaError_t error) {
-    if (error != cudaSuccess) throw std::runtime_error(std::string("deepsim_ext: CUDA: ") + cudaGetErrorString(error));
-  };
   if (blocks < 1 || blocks > 0x7fffffff) throw std::runtime_error("deepsim_ext: too large for one launch: " + std::to_string(blocks));
   constexpr size_t kWithoutAsking = 48 * 1024;
   if (shared_bytes > kWithoutAsking) {

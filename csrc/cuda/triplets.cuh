@@ -32,7 +32,7 @@ struct DirectChoices {
   }
 };
 
-// By packed position, as keys (see mine_tiles.cuh).
+// By packed position, as keys (see search_tile.cuh).
 struct TileChoices {
   const unsigned long long *positives, *negatives;
   const int32_t* original;

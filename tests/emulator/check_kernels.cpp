@@ -1,7 +1,8 @@
 // The CUDA kernels without torch, against plain loops in double: in every dtype, on ragged sizes. By the emulator under many orders
 // of threads (test_emulator.py, also from sources with a planted bug; `make sanitize`), and compiled by nvcc (`make gpu-check`).
 //
-// Usage: check_kernels <first seed> <number of seeds> [dtype ...]. Buffers are exactly as large as the kernels may touch.
+// Usage: check_kernels <first seed> <number of seeds> [what], where checks are left out whose name does not begin with `what`, for
+// example float32 or "float32 wgmma". Stops after the first seed in which something was wrong. Buffers are exactly as large as the kernels may touch.
 #include <algorithm>
 #include <memory>
 #include <numeric>
@@ -17,6 +18,9 @@ using namespace deepsim::cuda;
 namespace {
 
 int failures = 0;
+std::string selected;
+
+bool wanted(const std::string& name) { return name.compare(0, selected.size(), selected) == 0; }
 
 void expect(bool right, const std::string& what) {
   if (right) return;
@@ -73,9 +77,12 @@ struct Sorted {
   PackedSet view() { return {order, labels, operand, half_norm, scale, label_id, original}; }
 };
 
+enum class Mining { direct, mma, wgmma };
+
 template <class S>
-void check_batch_hard(const std::string& name, int64_t n, int64_t m, int64_t depth, int classes, bool tiles, std::mt19937& random) {
+void check_batch_hard(const std::string& name, int64_t n, int64_t m, int64_t depth, int classes, Mining how, std::mt19937& random) {
   using T = Compute<S>;
+  if (!wanted(name)) return;
   const bool self_form = m == 0;
   Points<S> anchors(n, depth, classes, 0.5, random), others(self_form ? 0 : m, depth, classes, 0.5, random);
   Points<S>& references = self_form ? anchors : others;
@@ -93,7 +100,7 @@ void check_batch_hard(const std::string& name, int64_t n, int64_t m, int64_t dep
   Buffer<T> d_ap(n), d_an(n), loss(1);
   const Triplets out{positives, negatives, d_ap, d_an, loss};
   const LossOptions options{0.2, false, Reduction::mean};
-  if (tiles) {
+  if (how != Mining::direct) {
     const int64_t row_bytes = operand_row_bytes(batch.storage, depth, false);
     Sorted sorted(anchors, row_bytes), ref_sorted(references, row_bytes);
     const int slices = centre_slices(std::max(n, references.count));
@@ -101,6 +108,7 @@ void check_batch_hard(const std::string& name, int64_t n, int64_t m, int64_t dep
     Buffer<float> centre(depth);
     Buffer<unsigned long long> keys(2 * padded_rows(n), 0);
     TileMining mining = {};
+    mining.by_wgmma = how == Mining::wgmma;
     mining.anchors = sorted.view();
     mining.references = self_form ? sorted.view() : ref_sorted.view();
     if (batch.storage == Storage::float32) {
@@ -169,7 +177,7 @@ void check_batch_hard(const std::string& name, int64_t n, int64_t m, int64_t dep
   g.d_ap = d_ap;
   g.d_an = d_an;
   g.grad_loss = grad_loss;
-  if (tiles) g.sorted_choices = sorted_choices, g.choice_order = order;
+  if (how != Mining::direct) g.sorted_choices = sorted_choices, g.choice_order = order;
   g.count = count;
   g.grad = grad;
   g.grad_references = grad_references;
@@ -201,6 +209,7 @@ void check_batch_hard(const std::string& name, int64_t n, int64_t m, int64_t dep
 
 template <class S>
 void check_gram(const std::string& name, int64_t batch, int64_t channels, int64_t positions, bool channels_last, std::mt19937& random) {
+  if (!wanted(name)) return;
   using T = Compute<S>;
   Points<S> values(batch, channels * positions, 1, 0.3, random);
   Features f{values.x, batch, channels, positions, channels * positions, channels_last ? 1 : positions, channels_last ? channels : 1};
@@ -258,12 +267,16 @@ void check_gram(const std::string& name, int64_t batch, int64_t channels, int64_
 
 template <class S>
 void check_all(const std::string& type, std::mt19937& random) {
-  check_batch_hard<S>(type + " direct", 70, 0, 19, 9, false, random);
-  check_batch_hard<S>(type + " direct, references", 5, 130, 19, 3, false, random);
+  check_batch_hard<S>(type + " direct", 70, 0, 19, 9, Mining::direct, random);
+  check_batch_hard<S>(type + " direct, references", 5, 130, 19, 3, Mining::direct, random);
   if constexpr (!std::is_same_v<S, double>) {
-    check_batch_hard<S>(type + " tiles", 300, 0, 100, 40, true, random);
-    check_batch_hard<S>(type + " tiles, one label", 130, 0, 70, 1, true, random);
-    check_batch_hard<S>(type + " tiles, references", 40, 270, 130, 12, true, random);
+    for (const Mining how : {Mining::mma, Mining::wgmma}) {
+      if (how == Mining::wgmma && !can_use_wgmma()) continue;
+      const std::string tiles = type + (how == Mining::mma ? " mma" : " wgmma");
+      check_batch_hard<S>(tiles, 300, 0, 100, 40, how, random);
+      check_batch_hard<S>(tiles + ", one label", 130, 0, 70, 1, how, random);
+      check_batch_hard<S>(tiles + ", references", 40, 270, 330, 12, how, random);
+    }
   }
   check_gram<S>(type + " gram", 2, 70, 77, false, random);
   check_gram<S>(type + " gram, slices", 1, 5, 700, false, random);
@@ -280,18 +293,16 @@ void set_schedule(int seed, bool lazy) { emulator::Options::current() = {unsigne
 
 int main(int argc, char** argv) {
   const int first = argc > 1 ? std::atoi(argv[1]) : 0, count = argc > 2 ? std::atoi(argv[2]) : 1;
-  const auto wanted = [&](const std::string& type) {
-    return argc <= 3 || std::any_of(argv + 3, argv + argc, [&](const char* a) { return type == a; });
-  };
+  selected = argc > 3 ? argv[3] : "";
   try {
-    for (int seed = first; seed < first + count; ++seed) {
+    for (int seed = first; seed < first + count && failures == 0; ++seed) {
       for (const bool lazy : {true, false}) {
         set_schedule(seed, lazy);
         std::mt19937 random(seed);
-        if (wanted("float32")) check_all<float>("float32", random);
-        if (wanted("float64")) check_all<double>("float64", random);
-        if (wanted("bfloat16")) check_all<BFloat16>("bfloat16", random);
-        if (wanted("float16")) check_all<Half>("float16", random);
+        check_all<float>("float32", random);
+        check_all<double>("float64", random);
+        check_all<BFloat16>("bfloat16", random);
+        check_all<Half>("float16", random);
       }
     }
   } catch (const std::exception& error) {

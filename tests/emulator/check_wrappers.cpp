@@ -212,6 +212,147 @@ void check_mirror(std::mt19937& random) {
   expect(right, "products of split rows have the bits of their mirror image");
 }
 
+// ---- Hopper ----
+
+constexpr int kRowBytes = 128;
+constexpr int kMatrixBytes = 128 * kRowBytes;
+
+struct BulkShared {
+  alignas(1024) unsigned char bytes[2][1024];
+  ptx::Mbarrier full[2], empty;
+};
+
+// Two warps: the first thread copies four kilobytes through two buffers, all read them. `out` gets each copy backwards.
+__global__ void bulk_copy_kernel(const unsigned char* in, unsigned char* out) {
+  if constexpr (kHasWgmma) {
+    auto& shared = shared_memory<BulkShared>();
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < 2; ++i) ptx::mbarrier_init(&shared.full[i], 1);
+      ptx::mbarrier_init(&shared.empty, 2);
+      ptx::mbarrier_init_fence();
+    }
+    __syncthreads();
+    for (int round = 0; round < 4; ++round) {
+      const int buffer = round % 2;
+      if (threadIdx.x == 0) {
+        ptx::mbarrier_arrive_expect(&shared.full[buffer], 1024);
+        for (int half = 0; half < 2; ++half) {
+          ptx::bulk_copy(shared.bytes[buffer] + half * 512, in + round * 1024 + half * 512, 512, &shared.full[buffer]);
+        }
+      }
+      ptx::mbarrier_wait(&shared.full[buffer], round / 2);
+      for (int i = int(threadIdx.x); i < 1024; i += 64) out[round * 1024 + i] = shared.bytes[buffer][1023 - i];
+      __syncwarp();
+      if (lane_index() == 0) ptx::mbarrier_arrive(&shared.empty);
+      ptx::mbarrier_wait(&shared.empty, round);
+    }
+  }
+}
+
+void check_bulk_copy(std::mt19937& random) {
+  Buffer<unsigned char> in(4096), out(4096);
+  for (int i = 0; i < 4096; ++i) in[i] = static_cast<unsigned char>(random());
+  launch(bulk_copy_kernel, 1, 64, sizeof(BulkShared), nullptr, &in[0], &out[0]);
+  synchronize();
+  bool right = true;
+  for (int i = 0; i < 4096; ++i) right &= out[i] == in[i / 1024 * 1024 + 1023 - i % 1024];
+  expect(right, "bulk_copy, mbarrier_init, _arrive, _arrive_expect, _wait");
+}
+
+struct WgmmaShared {
+  alignas(1024) unsigned char rows[kMatrixBytes];
+  ptx::Mbarrier full;
+};
+
+// d = d + a b^T of a: 64 x 64, b: 128 x 64, both row by row, b swizzled; with kMirrored of a with its pieces' halves swapped as well.
+// Two warpgroups do the same, with `d` of their own. The first product overwrites d where `fresh`.
+template <class S, bool kMirrored>
+__global__ void wgmma_kernel(const S* a, const S* b, float* d, bool fresh) {
+  if constexpr (kHasWgmma) {
+    auto& shared = shared_memory<WgmmaShared>();
+    if (threadIdx.x == 0) {
+      ptx::mbarrier_init(&shared.full, 1);
+      ptx::mbarrier_init_fence();
+      ptx::mbarrier_arrive_expect(&shared.full, kMatrixBytes);
+      ptx::bulk_copy(shared.rows, b, kMatrixBytes, &shared.full);
+    }
+    __syncthreads();
+    ptx::mbarrier_wait(&shared.full, 0);
+    const int group = int(threadIdx.x) / 128, warp = int(threadIdx.x) / kWarp % 4, g = lane_index() / 4, t = lane_index() % 4;
+    float sum[16][4];
+    const auto place = [&](int n, int r) { return ((group * 64 + warp * 16 + g + r / 2 * 8) * 128) + n * 8 + 2 * t + r % 2; };
+    for (int n = 0; n < 16; ++n)
+      for (int r = 0; r < 4; ++r) sum[n][r] = d[place(n, r)];
+    uint32_t x[4][4], swapped[4][4];
+    for (int step = 0; step < 4; ++step) {
+      for (int r = 0; r < 4; ++r) {
+        const S* p = a + (warp * 16 + g + r % 2 * 8) * 64 + step * 16 + 2 * t + r / 2 * 8;
+        x[step][r] = uint32_t(p[0].bits) | uint32_t(p[1].bits) << 16;
+        swapped[step][r] = __shfl_xor_sync(kAllLanes, x[step][r], 2);
+      }
+    }
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      ptx::wgmma(S{}, sum, x[step], shared.rows + step * 32, !fresh || step > 0);
+      if constexpr (kMirrored) ptx::wgmma(S{}, sum, swapped[step], shared.rows + step * 32, true);
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    for (int n = 0; n < 16; ++n)
+      for (int r = 0; r < 4; ++r) d[place(n, r)] = sum[n][r];
+  }
+}
+
+// Element (row, k) of a swizzled matrix of 64 columns.
+int swizzled(int row, int k) { return row * 64 + ((k / 8) ^ (row % 8)) * 8 + k % 8; }
+
+template <class S>
+void check_wgmma(const std::string& type, std::mt19937& random) {
+  std::normal_distribution<float> normal;
+  Buffer<S> a(64 * 64), b(128 * 64);
+  Buffer<float> d(128 * 128);
+  double worst = 0;
+  for (const bool fresh : {false, true}) {
+    for (int i = 0; i < a.size; ++i) assign(a[i], normal(random));
+    for (int i = 0; i < b.size; ++i) assign(b[i], normal(random));
+    std::vector<double> exact(d.size);
+    for (int i = 0; i < d.size; ++i) {
+      d[i] = normal(random);
+      exact[i] = fresh ? 0 : d[i];
+      for (int k = 0; k < 64; ++k) exact[i] += value_of(a[i / 128 % 64 * 64 + k]) * value_of(b[swizzled(i % 128, k)]);
+    }
+    launch(wgmma_kernel<S, false>, 1, 256, sizeof(WgmmaShared), nullptr, &a[0], &b[0], &d[0], fresh);
+    synchronize();
+    for (int i = 0; i < d.size; ++i) worst = std::max(worst, std::fabs(double(d[i]) - exact[i]));
+  }
+  std::printf("wgmma %s: largest error %.1e\n", type.c_str(), worst);
+  expect(worst < 4e-5, "wgmma " + type);  // sums of 64 products of size 1, in float and cut off
+}
+
+// As check_mirror, by wgmma.
+void check_wgmma_mirror(std::mt19937& random) {
+  std::normal_distribution<float> normal;
+  Buffer<Half> rows(128 * 64), columns(128 * 64);
+  Buffer<float> d(128 * 128);
+  bool right = true;
+  for (int round = 0; round < 20; ++round) {
+    for (int i = 0; i < rows.size; i += 8) {
+      for (int e = 0; e < 4; ++e) {
+        const float v = 400 * normal(random);
+        assign(rows[i + e], v);
+        assign(rows[i + e + 4], v - value_of(rows[i + e]));
+      }
+    }
+    for (int i = 0; i < rows.size; ++i) columns[swizzled(i / 64, i % 64)] = rows[i];
+    launch(wgmma_kernel<Half, true>, 1, 256, sizeof(WgmmaShared), nullptr, &rows[0], &columns[0], &d[0], true);
+    synchronize();
+    for (int i = 0; i < 64; ++i)
+      for (int j = 0; j < 64; ++j) right &= halves::bits_of(d[i * 128 + j]) == halves::bits_of(d[j * 128 + i]);
+  }
+  expect(right, "wgmma: products of split rows have the bits of their mirror image");
+}
+
 // ---- the rest ----
 
 __global__ void load_relaxed_kernel(unsigned long long* p, unsigned long long* out) {
@@ -243,6 +384,12 @@ int main() {
     check_mma<float, 8>("mma_tf32", mma_tf32_kernel, random);
     check_mirror(random);
     check_load_relaxed();
+    if (has_wgmma()) {
+      check_bulk_copy(random);
+      check_wgmma<Half>("float16", random);
+      check_wgmma<BFloat16>("bfloat16", random);
+      check_wgmma_mirror(random);
+    }
   } catch (const std::exception& error) {
     std::printf("%s\n", error.what());
     return 1;

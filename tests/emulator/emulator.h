@@ -1,15 +1,16 @@
 // Runs CUDA device code on the CPU: every thread of a block is a fiber, and every core runs one block after another.
 //
 // What it is for is finding what a GPU would only sometimes show. Threads run in an order drawn from a seed and change over only
-// where they meet; asynchronous copies land as late as the code allows (or at once); shared memory starts as NaN. Threads that
-// wait at different barriers, lanes that reach different warp operations, and waiting that nobody can end are reported with the
-// lines where they stand. Built with ASan it finds accesses out of bounds, with TSan missing synchronisation: fibers are
+// where they meet; asynchronous copies and products land as late as the code allows (or at once); shared memory starts as NaN.
+// Threads that wait at different barriers, lanes that reach different warp operations, and waiting that nobody can end are reported
+// with the lines where they stand. Built with ASan it finds accesses out of bounds, with TSan missing synchronisation: fibers are
 // announced to both, and only barriers and warp operations count as synchronisation.
 //
 // Not shown: what PTX text means, weak memory order, how a tensor core rounds (see ptx.h), speed.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -57,7 +58,34 @@ struct Copy {
   int bytes;
 };
 
-enum class State { ready, at_barrier, at_warp_operation, done };
+// One phase of an mbarrier: over when as many threads have arrived as are to, and no bytes are outstanding.
+struct Mbarrier {
+  uint16_t arrivals, missing;
+  int32_t bytes_and_phase;  // twice the bytes outstanding, plus the phase's parity: eight bytes in all, as on the GPU
+
+  EMULATOR_NO_TSAN bool is_over(int phase) const { return (bytes_and_phase & 1) != (phase & 1); }
+  EMULATOR_NO_TSAN void step() {
+    if (missing != 0 || bytes_and_phase > 1 || bytes_and_phase < 0) return;
+    missing = arrivals;
+    bytes_and_phase ^= 1;
+  }
+};
+
+struct BulkCopy {
+  Copy copy;
+  Mbarrier* barrier;
+};
+
+// A product of a warpgroup that has been started: carried out at the latest when it is waited for.
+struct Product {
+  void (*execute)(const Product&);
+  float (*d[128])[4];
+  const uint32_t* a[128];
+  const void* b;
+  bool accumulate;
+};
+
+enum class State { ready, at_barrier, at_mbarrier, at_group_operation, done };
 
 struct Thread {
   Fiber fiber;
@@ -66,16 +94,24 @@ struct Thread {
   const char* where = "";
   int line = 0;
   std::vector<std::vector<Copy>> copies;  // committed groups, then the one that is open
+  const Mbarrier* mbarrier = nullptr;     // waited for
+  int phase = 0;
 
   int lane() const { return index % 32; }
 };
 
-// Lanes of one warp that wait for the others at the same operation.
+// Threads of a warp or a warpgroup that wait for the others at the same operation.
 struct Meeting {
   const char* operation = "";
   int line = 0;
-  unsigned mask = 0, arrived = 0;
-  void* slot[32] = {};
+  unsigned mask = 0;  // of the lanes, in each of the warps
+  int arrived = 0;
+  void* slot[128] = {};
+};
+
+struct Warpgroup {
+  Meeting meeting;
+  std::vector<std::vector<Product>> products;  // committed groups, then the one that is open
 };
 
 struct Block {
@@ -84,6 +120,8 @@ struct Block {
   size_t shared_bytes = 0;
   std::vector<Thread> threads;
   std::vector<Meeting> warps;
+  std::vector<Warpgroup> warpgroups;
+  std::vector<BulkCopy> bulk_copies;  // on their way
   Thread* running = nullptr;
   Fiber scheduler;
   void (*entry)(void*) = nullptr;
@@ -143,7 +181,7 @@ EMULATOR_NO_TSAN inline std::string place(const Thread& t) {
 EMULATOR_NO_TSAN inline bool release_barrier(Block& b) {
   const Thread* first = nullptr;
   for (const Thread& t : b.threads) {
-    if (t.state == State::ready || t.state == State::at_warp_operation) return false;
+    if (t.state != State::at_barrier && t.state != State::done) return false;
     if (t.state == State::at_barrier && first == nullptr) first = &t;
   }
   if (first == nullptr) return false;
@@ -153,6 +191,33 @@ EMULATOR_NO_TSAN inline bool release_barrier(Block& b) {
     }
   }
   for (Thread& t : b.threads) t.state = State::ready;
+  return true;
+}
+
+EMULATOR_NO_TSAN inline bool can_run(Thread& t) {
+  if (t.state == State::at_mbarrier && t.mbarrier->is_over(t.phase)) t.state = State::ready;
+  return t.state == State::ready;
+}
+
+EMULATOR_NO_TSAN inline void land(const BulkCopy& c) {
+  acquire(c.barrier);
+  std::memcpy(c.copy.to, c.copy.from, c.copy.bytes);
+  release(c.barrier);
+  c.barrier->bytes_and_phase -= 2 * c.copy.bytes;
+  c.barrier->step();
+}
+
+// Lets one of the copies that are on their way arrive. False if there is none.
+EMULATOR_NO_TSAN inline bool land_one(Block& b, unsigned seed) {
+  BulkCopy c;
+  {
+    Unseen unseen;
+    if (b.bulk_copies.empty()) return false;
+    const size_t which = seed == 0 ? 0 : b.draw(uint32_t(b.bulk_copies.size()));
+    c = b.bulk_copies[which];
+    b.bulk_copies.erase(b.bulk_copies.begin() + ptrdiff_t(which));
+  }
+  land(c);
   return true;
 }
 
@@ -173,6 +238,8 @@ EMULATOR_NO_TSAN inline void run_block(Block& b, unsigned seed) {
   const int count = int(b.size.x);
   b.random = seed * 2654435761u + b.index.x * 40503u + 12345u;
   b.warps.assign((count + 31) / 32, Meeting{});
+  b.warpgroups.assign((count + 127) / 128, Warpgroup{{}, std::vector<std::vector<Product>>(1)});
+  b.bulk_copies.clear();
   for (int i = 0; i < count; ++i) {
     Thread& t = b.threads[i];
     t.state = State::ready;
@@ -187,7 +254,7 @@ EMULATOR_NO_TSAN inline void run_block(Block& b, unsigned seed) {
     bool ran = false;
     if (seed % 2 == 1) {
       for (size_t k = 0; k < order.size(); ++k) {
-        if (b.threads[order[k]].state != State::ready) continue;
+        if (!can_run(b.threads[order[k]])) continue;
         resume(b, b.threads[order[k]]);
         ran = true;
         k = size_t(-1);  // back to the first warp
@@ -197,13 +264,13 @@ EMULATOR_NO_TSAN inline void run_block(Block& b, unsigned seed) {
         for (size_t k = order.size(); k > 1; --k) std::swap(order[k - 1], order[b.draw(uint32_t(k))]);
       }
       for (int i : order) {
-        if (b.threads[i].state != State::ready) continue;
+        if (!can_run(b.threads[i])) continue;
         resume(b, b.threads[i]);
         ran = true;
       }
     }
     if (std::all_of(b.threads.begin(), b.threads.end(), [](const Thread& t) { return t.state == State::done; })) break;
-    if (release_barrier(b) || ran) continue;
+    if (release_barrier(b) || ran || land_one(b, seed)) continue;
     std::map<std::string, int> places;
     for (const Thread& t : b.threads) ++places[place(t)];
     std::string stuck = "deadlock:";
@@ -213,9 +280,9 @@ EMULATOR_NO_TSAN inline void run_block(Block& b, unsigned seed) {
   acquire(&b.barrier);
 }
 
-// Runs kernel() in every thread of blocks first, first + step, ... and returns what went wrong.
+// Runs kernel() in every thread of one block after another, as long as `next` has any, and returns what went wrong.
 template <class Kernel>
-std::string run_blocks(int64_t first, int64_t step, int64_t blocks, int threads, size_t shared_bytes, Kernel kernel) {
+std::string run_blocks(std::atomic<int64_t>& next, int64_t blocks, int threads, size_t shared_bytes, Kernel kernel) {
   constexpr size_t kStackBytes = 256 * 1024;
   Block b;
   b.grid.x = unsigned(blocks);
@@ -233,7 +300,7 @@ std::string run_blocks(int64_t first, int64_t step, int64_t blocks, int threads,
   block() = &b;
   std::string error;
   try {
-    for (int64_t i = first; i < blocks; i += step) {
+    for (int64_t i = next++; i < blocks; i = next++) {
       b.index.x = unsigned(i);
       run_block(b, Options::current().seed);
     }
@@ -251,12 +318,13 @@ std::string run_blocks(int64_t first, int64_t step, int64_t blocks, int threads,
 template <class Kernel>
 void launch(int64_t blocks, int threads, size_t shared_bytes, Kernel kernel) {
   const int64_t workers = std::min<int64_t>(blocks, std::max(1u, std::thread::hardware_concurrency()));
+  std::atomic<int64_t> next{0};
   std::vector<std::string> errors(workers);
   std::vector<std::thread> others;
   for (int64_t w = 1; w < workers; ++w) {
-    others.emplace_back([&, w] { errors[w] = run_blocks(w, workers, blocks, threads, shared_bytes, kernel); });
+    others.emplace_back([&, w] { errors[w] = run_blocks(next, blocks, threads, shared_bytes, kernel); });
   }
-  errors[0] = run_blocks(0, workers, blocks, threads, shared_bytes, kernel);
+  errors[0] = run_blocks(next, blocks, threads, shared_bytes, kernel);
   for (std::thread& t : others) t.join();
   for (const std::string& error : errors)
     if (!error.empty()) throw std::runtime_error("emulator: " + error);
@@ -272,26 +340,27 @@ EMULATOR_NO_TSAN inline void barrier(int line) {
   acquire(&block()->barrier);
 }
 
-// The lanes of `mask` come together at one operation; the last to arrive carries it out on what all of them brought.
+// Threads come together at one operation: the lanes of `mask` of each of the warps from thread `first` on. The last to arrive carries
+// it out on what all of them brought.
 template <class Execute>
-EMULATOR_NO_TSAN void warp_operation(const char* operation, int line, unsigned mask, void* slot, Execute execute) {
+EMULATOR_NO_TSAN void meet(Meeting& m, int first, int size, const char* operation, int line, unsigned mask, void* slot,
+                           Execute execute) {
   Block& b = *block();
   Thread& t = *b.running;
-  Meeting& m = b.warps[t.index / 32];
   if (!(mask >> t.lane() & 1)) fail(std::string(operation) + ": a lane that is not in its own mask");
   if (m.arrived == 0) {
     m.operation = operation;
     m.line = line;
     m.mask = mask;
-  } else if (std::strcmp(m.operation, operation) != 0 || m.line != line || m.mask != mask) {
+  } else if ((m.operation != operation && std::strcmp(m.operation, operation) != 0) || m.line != line || m.mask != mask) {
     fail(std::string("divergent warp: ") + operation + " in line " + std::to_string(line) + ", other lanes at " + m.operation +
          " in line " + std::to_string(m.line));
   }
-  m.arrived |= 1u << t.lane();
-  m.slot[t.lane()] = slot;
+  ++m.arrived;
+  m.slot[t.index - first] = slot;
   release(&m);
-  if (m.arrived != m.mask) {
-    t.state = State::at_warp_operation;
+  if (m.arrived != __builtin_popcount(mask) * (size / 32)) {
+    t.state = State::at_group_operation;
     t.where = operation;
     t.line = line;
     to_scheduler();
@@ -302,9 +371,44 @@ EMULATOR_NO_TSAN void warp_operation(const char* operation, int line, unsigned m
   execute(m.slot);
   m.arrived = 0;
   release(&m);
-  for (int i = t.index / 32 * 32; i < std::min<int>(t.index / 32 * 32 + 32, int(b.threads.size())); ++i) {
-    if (b.threads[i].state == State::at_warp_operation && (mask >> (i % 32) & 1)) b.threads[i].state = State::ready;
+  for (int i = first; i < std::min<int>(first + size, int(b.threads.size())); ++i) {
+    if (b.threads[i].state == State::at_group_operation && (mask >> (i % 32) & 1)) b.threads[i].state = State::ready;
   }
+}
+
+template <class Execute>
+EMULATOR_NO_TSAN void warp_operation(const char* operation, int line, unsigned mask, void* slot, Execute execute) {
+  const int warp = block()->running->index / 32;
+  meet(block()->warps[warp], warp * 32, 32, operation, line, mask, slot, execute);
+}
+
+// execute(group, slots)
+template <class Execute>
+EMULATOR_NO_TSAN void warpgroup_operation(const char* operation, int line, void* slot, Execute execute) {
+  const int index = block()->running->index / 128;
+  if ((index + 1) * 128 > int(block()->threads.size())) fail(std::string(operation) + ": not in a whole warpgroup");
+  Warpgroup& group = block()->warpgroups[index];
+  meet(group.meeting, index * 128, 128, operation, line, ~0u, slot, [&](void** slots) { execute(group, slots); });
+}
+
+EMULATOR_NO_TSAN inline void arrive(Mbarrier* m) {
+  release(m);
+  if (m->missing == 0) fail("mbarrier: more threads arrive than it was initialised with");
+  --m->missing;
+  m->step();
+}
+
+EMULATOR_NO_TSAN inline void wait(int line, const Mbarrier* m, int phase) {
+  Thread& t = *block()->running;
+  if (!m->is_over(phase)) {
+    t.state = State::at_mbarrier;
+    t.where = "mbarrier_wait";
+    t.line = line;
+    t.mbarrier = m;
+    t.phase = phase;
+    to_scheduler();
+  }
+  acquire(m);
 }
 
 }  // namespace emulator

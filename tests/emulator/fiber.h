@@ -60,6 +60,30 @@ EMULATOR_NO_TSAN inline void acquire([[maybe_unused]] const void* p) {
 #endif
 }
 
+// The emulator's own lists, which fibers of one block share and which are not what TSan is to look at.
+#if defined(__SANITIZE_THREAD__)
+extern "C" {
+void AnnotateIgnoreReadsBegin(const char*, int);
+void AnnotateIgnoreReadsEnd(const char*, int);
+void AnnotateIgnoreWritesBegin(const char*, int);
+void AnnotateIgnoreWritesEnd(const char*, int);
+}
+#endif
+struct Unseen {
+  Unseen() {
+#if defined(__SANITIZE_THREAD__)
+    AnnotateIgnoreReadsBegin("", 0);
+    AnnotateIgnoreWritesBegin("", 0);
+#endif
+  }
+  ~Unseen() {
+#if defined(__SANITIZE_THREAD__)
+    AnnotateIgnoreReadsEnd("", 0);
+    AnnotateIgnoreWritesEnd("", 0);
+#endif
+  }
+};
+
 inline void poison([[maybe_unused]] void* p, [[maybe_unused]] size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
   __asan_poison_memory_region(p, bytes);

@@ -13,6 +13,20 @@ inline uint32_t bits_of(float f) {
   return u;
 }
 
+inline uint64_t bits_of(double d) {
+  uint64_t u;
+  std::memcpy(&u, &d, 8);
+  return u;
+}
+
+// 2^exponent, of a double's normal numbers.
+inline double power_of_two(int exponent) {
+  const uint64_t u = uint64_t(exponent + 1023) << 52;
+  double d;
+  std::memcpy(&d, &u, 8);
+  return d;
+}
+
 inline float float_of(uint32_t u) {
   float f;
   std::memcpy(&f, &u, 4);
