@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +40,9 @@ DEPTHS = (128, 512, 64, 1024)
 # For which torch.compile is waited for: it takes ten seconds and more for each.
 COMPILED_ROWS = (4096, 16384)
 COMPILED_PICTURES = (512,)
+# Ways of mining (DEEPSIM_CUDA_MINING), and where one may overtake another.
+WAYS = ("direct", "mma", "wgmma")
+CROSSOVER = tuple((n, d) for n in (512, 1024, 2048, 4096) for d in (64, 128, 512))
 PICTURES = ((512, 1), (256, 1), (1024, 1), (512, 8), (2048, 1))
 ROTATED = 4  # inputs
 RUNS = 20
@@ -67,14 +71,11 @@ def summary(times: list[float]) -> Record:
 def measure(loss: Callable[..., Tensor], inputs: list[tuple[Any, ...]]) -> Iterator[Record]:
     """Forward, backward, both and peak memory of `loss(leaves, constants)`."""
 
-    def forward(leaves: list[Tensor], constants: list[Tensor]) -> Tensor:
-        return loss(leaves, constants)
-
     def both(leaves: list[Tensor], constants: list[Tensor]) -> None:
         torch.autograd.grad(loss(leaves, constants), leaves)
 
     with torch.no_grad():
-        yield {"phase": "forward"} | summary(device_times([lambda i=i: forward(*i) for i in inputs]))
+        yield {"phase": "forward"} | summary(device_times([lambda i=i: loss(*i) for i in inputs]))
     losses = [loss(*i) for i in inputs]
 
     def backward(k: int) -> None:
@@ -132,6 +133,25 @@ def batch_hard_case(n: int, d: int, precision: str) -> list[Record]:
     return [{"op": "batch_hard", "case": f"N={n} D={d} {precision}"} | r for r in records]
 
 
+def crossover_case(n: int, d: int, precision: str) -> list[Record]:
+    """The ways of mining side by side, to choose among them by."""
+    inputs = [
+        (torch.randn(n, d, device="cuda").to(PRECISIONS[precision][0]), balanced_labels(n, 4).cuda())
+        for _ in range(ROTATED)
+    ]
+    records = []
+    for way in WAYS:
+        os.environ["DEEPSIM_CUDA_MINING"] = way
+        try:
+            times = device_times([lambda i=i: deepsim_ext.batch_hard_triplet_loss(*i) for i in inputs])
+            records.append({"contender": way, "phase": "forward"} | summary(times))
+        except ValueError as error:  # a GPU without wgmma
+            records.append({"contender": way, "skipped": str(error)})
+        finally:
+            del os.environ["DEEPSIM_CUDA_MINING"]
+    return [{"op": "mining", "case": f"N={n} D={d} {precision}"} | r for r in records]
+
+
 def style_case(side: int, batch: int, precision: str) -> list[Record]:
     dtype, _ = PRECISIONS[precision]
     inputs = []
@@ -173,9 +193,14 @@ def cases() -> list[tuple[str, Callable[[], list[Record]]]]:
     batches = [
         (p, lambda n=n, d=d, p=p: batch_hard_case(n, d, p)) for d in DEPTHS for p in PRECISIONS for n in ROWS
     ]
-    # In turn, so that whatever time allows has some of both.
-    pairs = itertools.zip_longest(batches, styles)
-    return [case for pair in pairs for case in pair if case is not None]
+    crossovers = [
+        (p, lambda n=n, d=d, p=p: crossover_case(n, d, p))
+        for n, d in CROSSOVER
+        for p in ("float32", "bfloat16")
+    ]
+    # In turn, so that whatever time allows has some of each.
+    groups = itertools.zip_longest(batches, styles, crossovers)
+    return [case for group in groups for case in group if case is not None]
 
 
 def table(records: list[Record]) -> str:
@@ -185,6 +210,8 @@ def table(records: list[Record]) -> str:
     for r in records:
         by_case.setdefault(f"{r['op']} {r['case']}", {})[r.get("contender", ""), r.get("phase", "")] = r
     for case, found in by_case.items():
+        if case.startswith("mining "):
+            continue
         ours = found.get(("deepsim_ext", "both"))
         if ours is None:
             single = found.get(("", ""), found.get(("deepsim_ext", ""), {}))
@@ -205,6 +232,20 @@ def table(records: list[Record]) -> str:
         ]
         lines.append(f"| {case} | {own:.3f} | {' | '.join(cells)} | {ours['peak_mib']:.0f} |")
     return "\n".join(lines)
+
+
+def crossover_table(records: list[Record]) -> str:
+    """Forward by each way of mining, in milliseconds."""
+    lines = [f"| forward, ms | {' | '.join(WAYS)} |", "| --- |" + " ---: |" * len(WAYS)]
+    for _, group in itertools.groupby((r for r in records if r["op"] == "mining"), lambda r: r["case"]):
+        found = list(group)
+        cells = [f"{r['p50_ms']:.3f}" if "p50_ms" in r else "–" for r in found]
+        lines.append(f"| {found[0]['case']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def tables(records: list[Record]) -> str:
+    return f"{table(records)}\n\n{crossover_table(records)}"
 
 
 def main() -> int:
@@ -228,8 +269,8 @@ def main() -> int:
         torch.cuda.empty_cache()
         result = {"environment": where, "records": records}
         (options.folder / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
-        (options.folder / "gpu.md").write_text(f"{where}\n\n{table(records)}\n")
-    print(table(records))
+        (options.folder / "gpu.md").write_text(f"{where}\n\n{tables(records)}\n")
+    print(tables(records))
     print(f"{left} cases left out for lack of time" if left else "all cases measured")
     return 0
 

@@ -52,7 +52,7 @@ class Expectation:
 
     tensor_cores: bool = False
     least_blocks: int = 1
-    least_blocks_split: int | None = None  # of the version for Split operands, where that differs
+    least_blocks_deep: int = 1  # of the version for deep rows, where there is one
     architectures: tuple[str, ...] = tuple(SHARED_BYTES)  # in others the kernel is empty
 
 
@@ -62,10 +62,10 @@ EXPECTATIONS = {
     "centre_kernel": Expectation(),
     "pack_kernel": Expectation(),
     "mine_direct_kernel": Expectation(least_blocks=2),
-    # float32's split operands have a second set of sums instead of a second block.
-    "mine_mma_kernel": Expectation(tensor_cores=True, least_blocks=2, least_blocks_split=1),
+    # Deep rows have a second set of sums instead of a second block.
+    "mine_mma_kernel": Expectation(tensor_cores=True, least_blocks=2, least_blocks_deep=1),
     "mine_wgmma_kernel": Expectation(
-        tensor_cores=True, least_blocks=2, least_blocks_split=1, architectures=("sm_90a",)
+        tensor_cores=True, least_blocks=2, least_blocks_deep=1, architectures=("sm_90a",)
     ),
     "finish_kernel": Expectation(least_blocks=2),
     "count_kernel": Expectation(),
@@ -100,9 +100,9 @@ class Kernel:
         return "PlainProduct" in self.symbol
 
     @property
-    def split(self) -> bool:
-        """Whether this is the version for float32 as the sum of two float16."""
-        return "INS0_5SplitE" in self.symbol
+    def deep(self) -> bool:
+        """Whether this is the version for rows of many columns."""
+        return "INS0_5SplitELb1E" in self.symbol
 
 
 def run(*command: str | Path) -> str:
@@ -185,9 +185,7 @@ def complaints(kernel: Kernel, shared: int, blocks: int) -> Iterator[str]:
         yield "no tensor-core instruction"
     if shared > MOST_SHARED_BYTES and kernel.architecture != "sm_90a":
         yield f"{shared} bytes of shared memory, more than the {MOST_SHARED_BYTES} of smaller GPUs"
-    least = expected.least_blocks
-    if kernel.split and expected.least_blocks_split is not None:
-        least = expected.least_blocks_split
+    least = expected.least_blocks_deep if kernel.deep else expected.least_blocks
     if blocks < least:
         yield f"{blocks} blocks fit on a multiprocessor, fewer than {least}"
 

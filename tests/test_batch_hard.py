@@ -224,6 +224,25 @@ def test_selection_within_the_contracted_gap(d):
         assert ((squared[anchors, chosen] - order.values[:, 0]).abs() <= gap).all()
 
 
+@pytest.mark.parametrize("d", [128, 384, 2048])
+def test_selection_on_a_line(d):
+    """Where all terms of a product have one sign, and sums that are cut off fall short by the most they can.
+
+    Of each class one row lies between a row near the centre and one far out. The former is farther from it,
+    but by little more than the contract's gap; products with the latter are large, with the former tiny.
+    """
+    g = torch.Generator().manual_seed(d)
+    between = 0.4 + 0.1 * torch.rand(60, generator=g, dtype=torch.float64)
+    outer = 2 * between
+    inner = -1.5e-5 * outer.square().max() / (2 * between)
+    side = torch.tensor([1.0, -1.0]).repeat(30)
+    direction = torch.randn(d, generator=g, dtype=torch.float64)
+    x = (torch.cat([side * between, side * inner, side * outer])[:, None] * direction).float()
+    anchors, positives, _ = batch_hard_mine(x, torch.arange(60).repeat(3))
+    assert torch.equal(anchors, torch.arange(180))
+    assert torch.equal(positives[:60], torch.arange(60, 120))
+
+
 def test_self_pairs_are_excluded_only_in_the_self_form():
     x, labels = torch.randn(20, 4), torch.arange(20) // 2
     _, positives, _ = batch_hard_mine(x, labels)

@@ -28,6 +28,17 @@ void finish(const Batch& batch, const Choices& choices, const Triplets& out, con
   launch(finish_kernel<S, Choices>, blocks, kRowThreads, sizeof(LossShared<Compute<S>>), stream, batch, choices, out, options);
 }
 
+// Calls f with a value of the storage's element type and of the operand that its rows become.
+template <class F>
+void with_operand(Storage storage, bool single_pass, F f) {
+  switch (storage) {
+    case Storage::float32: return single_pass ? f(float{}, Plain<Half>{}) : f(float{}, Split{});
+    case Storage::bfloat16: return f(BFloat16{}, Plain<BFloat16>{});
+    case Storage::float16: return f(Half{}, Plain<Half>{});
+    case Storage::float64: throw std::logic_error("deepsim_ext: there are no float64 tiles");
+  }
+}
+
 template <class S, class Operand>
 void pack(const Batch& batch, const TileMining& mining, bool of_anchors, void* stream) {
   PackArguments p;
@@ -58,10 +69,8 @@ void find_centre(const Batch& batch, const TileMining& mining, void* stream) {
 // Of one launch; CUDA takes fewer than 2^31.
 constexpr int64_t kMostBlocks = int64_t(1) << 30;
 
-template <class S, class Operand>
+template <class Operand>
 void mine_packed(const Batch& batch, const TileMining& mining, void* stream) {
-  pack<S, Operand>(batch, mining, true, stream);
-  if (!batch.self_form) pack<S, Operand>(batch, mining, false, stream);
   TileArguments a;
   a.rows = mining.anchors;
   a.columns = mining.references;
@@ -73,14 +82,17 @@ void mine_packed(const Batch& batch, const TileMining& mining, void* stream) {
   a.negative = mining.negative;
   const int64_t down = blocks_for(a.row_tiles, kSquare), across = blocks_for(a.column_tiles, kSquare);
   const int64_t tiles = (a.self_form ? down * (down + 1) / 2 : down * across) * kSquare * kSquare;
-  for (int64_t first = 0; first < tiles; first += kMostBlocks) {
-    const int64_t blocks = std::min(tiles - first, kMostBlocks);
-    if (mining.by_wgmma) {
-      launch(mine_wgmma_kernel<Operand>, blocks, kTileThreads, sizeof(WgmmaShared), stream, a, first);
-    } else {
-      launch(mine_mma_kernel<Operand>, blocks, kTileThreads, sizeof(MmaShared), stream, a, first);
+  const auto run = [&](auto kernel, size_t shared_bytes) {
+    for (int64_t first = 0; first < tiles; first += kMostBlocks) {
+      launch(kernel, std::min(tiles - first, kMostBlocks), kTileThreads, shared_bytes, stream, a, first);
+    }
+  };
+  if constexpr (Operand::kSplit) {
+    if (batch.anchors.depth > kShallow) {
+      return mining.by_wgmma ? run(mine_wgmma_kernel<Operand, true>, sizeof(WgmmaShared)) : run(mine_mma_kernel<Operand, true>, sizeof(MmaShared));
     }
   }
+  mining.by_wgmma ? run(mine_wgmma_kernel<Operand, false>, sizeof(WgmmaShared)) : run(mine_mma_kernel<Operand, false>, sizeof(MmaShared));
 }
 
 }  // namespace
@@ -116,15 +128,17 @@ bool can_use_wgmma() { return has_wgmma(); }
 
 int centre_slices(int64_t rows) { return int(std::clamp<int64_t>(rows / 256, 1, 64)); }
 
+void pack_tiles(const Batch& batch, const TileMining& mining, void* stream) {
+  if (mining.centre) find_centre<float>(batch, mining, stream);
+  with_operand(batch.storage, mining.single_pass, [&](auto s, auto operand) {
+    pack<decltype(s), decltype(operand)>(batch, mining, true, stream);
+    if (!batch.self_form) pack<decltype(s), decltype(operand)>(batch, mining, false, stream);
+  });
+}
+
 void mine_tiles(const Batch& batch, const TileMining& mining, void* stream) {
-  switch (batch.storage) {
-    case Storage::float32:
-      find_centre<float>(batch, mining, stream);
-      return mining.single_pass ? mine_packed<float, Plain<Half>>(batch, mining, stream) : mine_packed<float, Split>(batch, mining, stream);
-    case Storage::bfloat16: return mine_packed<BFloat16, Plain<BFloat16>>(batch, mining, stream);
-    case Storage::float16: return mine_packed<Half, Plain<Half>>(batch, mining, stream);
-    case Storage::float64: throw std::logic_error("deepsim_ext: mine_tiles has no float64 kernel");
-  }
+  with_operand(batch.storage, mining.single_pass,
+               [&](auto, auto operand) { mine_packed<decltype(operand)>(batch, mining, stream); });
 }
 
 void finish_direct(const Batch& batch, const DirectFound& found, const Triplets& out, const LossOptions& options, void* stream) {

@@ -85,6 +85,8 @@ struct TileMining {
 // Whether the current device has wgmma, and this was compiled for it.
 bool can_use_wgmma();
 int centre_slices(int64_t rows);
+// After packing, neither `order` and `sorted_labels` nor the centre are needed any more.
+void pack_tiles(const Batch& batch, const TileMining& mining, void* stream);
 void mine_tiles(const Batch& batch, const TileMining& mining, void* stream);
 
 // ---- from choices to losses ----

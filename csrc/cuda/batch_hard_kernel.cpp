@@ -122,8 +122,8 @@ void mine_and_finish_tiles(const OwnedBatch& b, bool by_wgmma, const Triplets& o
   m.by_wgmma = by_wgmma;
   m.single_pass = tf32_allowed(b.x);
   const int64_t depth = b.x.size(1), row_bytes = operand_row_bytes(b.view.storage, depth, m.single_pass);
-  const OwnedSet anchors = own_set(b.x, b.labels, row_bytes);
-  const OwnedSet references = b.view.self_form ? anchors : own_set(b.ref, b.ref_labels, row_bytes);
+  OwnedSet anchors = own_set(b.x, b.labels, row_bytes);
+  OwnedSet references = b.view.self_form ? anchors : own_set(b.ref, b.ref_labels, row_bytes);
   m.anchors = anchors.view;
   m.references = references.view;
   at::Tensor sums, centre;
@@ -133,6 +133,11 @@ void mine_and_finish_tiles(const OwnedBatch& b, bool by_wgmma, const Triplets& o
     centre = at::empty({depth}, b.x.options());
     m.centre_sums = sums.mutable_data_ptr<double>();
     m.centre = centre.mutable_data_ptr<float>();
+  }
+  pack_tiles(b.view, m, stream);
+  for (OwnedSet* set : {&anchors, &references}) {
+    set->order.reset();
+    set->sorted_labels.reset();
   }
   const at::Tensor keys = at::zeros({2, padded_rows(b.x.size(0))}, b.x.options().dtype(at::kLong));
   m.positive = reinterpret_cast<unsigned long long*>(keys.mutable_data_ptr<int64_t>());
@@ -206,8 +211,6 @@ std::tuple<at::Tensor, at::Tensor> batch_hard_triplet_loss_backward(
   }
   const at::Tensor p = positives.contiguous(), q = negatives.contiguous(), ap = d_ap.contiguous(), an = d_an.contiguous();
   const at::Tensor g = grad_loss.contiguous(), count = at::zeros({1}, embeddings.options().dtype(at::kLong));
-  at::Tensor grad = at::empty(b.x.sizes(), b.x.options());
-  at::Tensor grad_ref = at::empty({ref_embeddings ? b.ref.size(0) : 0, b.x.size(1)}, b.x.options());
   at::Tensor sorted, order;
   LossGradient view = {};
   view.batch = b.view;
@@ -217,13 +220,16 @@ std::tuple<at::Tensor, at::Tensor> batch_hard_triplet_loss_backward(
   view.d_an = an.const_data_ptr();
   view.grad_loss = g.const_data_ptr();
   view.count = reinterpret_cast<unsigned long long*>(count.mutable_data_ptr<int64_t>());
-  view.grad = grad.mutable_data_ptr();
-  view.grad_references = grad_ref.mutable_data_ptr();
   if (embeddings.size(0) > kMostSearchedChoices) {
     std::tie(sorted, order) = at::sort(at::cat({p, q}), /*stable=*/true, /*dim=*/0, /*descending=*/false);
     view.sorted_choices = sorted.const_data_ptr<int32_t>();
     view.choice_order = order.const_data_ptr<int64_t>();
   }
+  // Only now: sorting needs some memory of its own for a while.
+  at::Tensor grad = at::empty(b.x.sizes(), b.x.options());
+  at::Tensor grad_ref = at::empty({ref_embeddings ? b.ref.size(0) : 0, b.x.size(1)}, b.x.options());
+  view.grad = grad.mutable_data_ptr();
+  view.grad_references = grad_ref.mutable_data_ptr();
   triplet_gradient(view, options, stream);
   return {grad, grad_ref};
 }

@@ -70,8 +70,8 @@ __device__ __forceinline__ void multiply_stage(MmaProducts& products, const unsi
 }
 
 // Block b works on tile first + b.
-template <class Operand>
-__global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce<Operand>) mine_mma_kernel(TileArguments a, int64_t first) {
+template <class Operand, bool kDeep>
+__global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce<kDeep>) mine_mma_kernel(TileArguments a, int64_t first) {
   auto& shared = shared_memory<MmaShared>();
   const TileIndex tile = tile_index(first + blockIdx.x, a);
   if (!is_computed(tile, a)) return;
@@ -91,14 +91,14 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce<Operand>) mine_mma
     __syncthreads();  // this chunk is there for all, and nobody needs the one before
     load(chunk + kMmaStages - 1);
     multiply_stage<Operand>(products, shared.stage[chunk % kMmaStages]);
-    if constexpr (Operand::kSplit) {
+    if constexpr (kDeep) {
       sums.add(products);
       products = {};
     }
   }
   const int lane = lane_index(), warp = int(threadIdx.x) / kWarp;
   const Corner corner{warp / kWarpsAcross * kWarpRows + lane / 4, warp % kWarpsAcross * kWarpColumns + lane % 4 * 2};
-  search_tile(shared.description, Operand::kSplit ? sums : products, corner, a, tile);
+  search_tile(shared.description, kDeep ? sums : products, corner, a, tile);
 }
 
 }  // namespace deepsim::cuda

@@ -48,7 +48,7 @@ __device__ __forceinline__ void start_products(WgmmaProducts& products, uint32_t
   ptx::wgmma_commit();
 }
 
-template <class Operand>
+template <class Operand, bool kDeep>
 __device__ __forceinline__ void mine_wgmma(const TileArguments& a, int64_t first) {
   auto& shared = shared_memory<WgmmaShared>();
   const TileIndex tile = tile_index(first + blockIdx.x, a);
@@ -80,7 +80,7 @@ __device__ __forceinline__ void mine_wgmma(const TileArguments& a, int64_t first
   for (int chunk = 0; chunk < a.chunks; ++chunk) {
     const int stage = chunk % kWgmmaStages;
     ptx::mbarrier_wait(&shared.full[stage], chunk / kWgmmaStages);
-    start_products<Operand>(products, operand, swapped, shared.stage[stage], !Operand::kSplit && chunk > 0);
+    start_products<Operand>(products, operand, swapped, shared.stage[stage], !kDeep && chunk > 0);
     // While they are made: the next chunk goes where the one before was, once the last warp is through with that.
     const int next = chunk + kWgmmaStages - 1;
     if (loads && next < a.chunks) {
@@ -90,16 +90,16 @@ __device__ __forceinline__ void mine_wgmma(const TileArguments& a, int64_t first
     __syncwarp();
     ptx::wgmma_wait<0>();
     if (lane == 0) ptx::mbarrier_arrive(&shared.empty[stage]);
-    if constexpr (Operand::kSplit) sums.add(products);
+    if constexpr (kDeep) sums.add(products);
   }
   const Corner corner{warp * 16 + lane / 4, lane % 4 * 2};
-  search_tile(shared.description, Operand::kSplit ? sums : products, corner, a, tile);
+  search_tile(shared.description, kDeep ? sums : products, corner, a, tile);
 }
 
 // Block b works on tile first + b.
-template <class Operand>
-__global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce<Operand>) mine_wgmma_kernel(TileArguments a, int64_t first) {
-  if constexpr (kHasWgmma) mine_wgmma<Operand>(a, first);
+template <class Operand, bool kDeep>
+__global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce<kDeep>) mine_wgmma_kernel(TileArguments a, int64_t first) {
+  if constexpr (kHasWgmma) mine_wgmma<Operand, kDeep>(a, first);
 }
 
 }  // namespace deepsim::cuda

@@ -18,11 +18,13 @@ namespace deepsim::cuda {
 constexpr int kTileThreads = 256;
 constexpr int kTileWarps = kTileThreads / kWarp;
 
-// Tensor cores cut sums off instead of rounding them: with float32's accuracy, sums longer than a chunk of columns would be short by
-// more than 1e-6. So each chunk of Split operands is summed for itself and then added to a second set of registers, which leaves
-// room for one block on a multiprocessor; for the others there is room for two, which hide each other's waiting.
-template <class Operand>
-constexpr int kBlocksAtOnce = Operand::kSplit ? 1 : 2;
+// Tensor cores cut sums off instead of rounding them. Where all terms have one sign, a product of rows of kShallow columns is short
+// by up to 5e-6 of itself, which selection to 1e-5 can bear; longer rows of Split operands are `deep`: each chunk is summed for itself
+// and then added to a second set of registers. That leaves room for one block on a multiprocessor. Otherwise there are two, which
+// hide each other's waiting.
+constexpr int kShallow = 384;
+template <bool kDeep>
+constexpr int kBlocksAtOnce = kDeep ? 1 : 2;
 
 // What is known of the tile's rows, then of its columns.
 struct TileDescription {

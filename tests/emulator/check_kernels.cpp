@@ -118,6 +118,7 @@ void check_batch_hard(const std::string& name, int64_t n, int64_t m, int64_t dep
     }
     mining.positive = keys;
     mining.negative = &keys[0] + padded_rows(n);
+    pack_tiles(batch, mining, nullptr);
     mine_tiles(batch, mining, nullptr);
     finish_tiles(batch, mining, out, options, nullptr);
     synchronize();
@@ -275,7 +276,7 @@ void check_all(const std::string& type, std::mt19937& random) {
       const std::string tiles = type + (how == Mining::mma ? " mma" : " wgmma");
       check_batch_hard<S>(tiles, 300, 0, 100, 40, how, random);
       check_batch_hard<S>(tiles + ", one label", 130, 0, 70, 1, how, random);
-      check_batch_hard<S>(tiles + ", references", 40, 270, 330, 12, how, random);
+      check_batch_hard<S>(tiles + ", references", 40, 270, 390, 12, how, random);
     }
   }
   check_gram<S>(type + " gram", 2, 70, 77, false, random);
