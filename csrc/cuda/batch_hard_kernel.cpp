@@ -20,24 +20,24 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// Up to this many anchors and references direct differences are searched: packing, sorting and centring, some ten launches more,
-// would take longer. An estimate from launch times; to be replaced by a measurement.
-constexpr int64_t kMostDirectRows = 1024;
+// Up to so many differences (anchors x references x columns) they are all searched, in two launches: on a large GPU they take some
+// 20 us then, as long as the ten launches more of packing, sorting and centring. An estimate; benchmarks/gpu.py measures it.
+constexpr int64_t kMostDirectDifferences = int64_t(1) << 28;
 // Up to this many anchors each row looks for those who chose it itself; beyond, choices are sorted.
 constexpr int64_t kMostSearchedChoices = 4096;
 
 enum class Mining { direct, mma, wgmma };
 
 // DEEPSIM_CUDA_MINING=direct, mma or wgmma asks for one of them, to test it or to measure it.
-Mining mining_for(at::ScalarType type, int64_t anchors, int64_t references) {
-  if (type == at::kDouble) return Mining::direct;
+Mining mining_for(const at::Tensor& anchors, const at::Tensor& references) {
+  if (anchors.scalar_type() == at::kDouble) return Mining::direct;
   const char* variable = std::getenv("DEEPSIM_CUDA_MINING");
   const std::string wanted = variable ? variable : "";
   TORCH_CHECK_VALUE(wanted.empty() || wanted == "direct" || wanted == "mma" || wanted == "wgmma",
                     "DEEPSIM_CUDA_MINING must be direct, mma or wgmma, got ", wanted);
   TORCH_CHECK_VALUE(wanted != "wgmma" || can_use_wgmma(),
                     "DEEPSIM_CUDA_MINING is wgmma, which needs a GPU of compute capability 9.0 and a build for 9.0a");
-  const bool small = anchors <= kMostDirectRows && references <= kMostDirectRows;
+  const bool small = anchors.size(0) * anchors.size(1) <= kMostDirectDifferences / references.size(0);
   if (wanted == "direct" || (wanted.empty() && small)) return Mining::direct;
   return wanted == "wgmma" || (wanted.empty() && can_use_wgmma()) ? Mining::wgmma : Mining::mma;
 }
@@ -152,7 +152,7 @@ void mine_and_finish(const OwnedBatch& b, const Triplets& out, const LossOptions
   const bool empty = anchors == 0 || references == 0;
   if (b.view.distance == Distance::cosine || empty) row_norms(b.view, stream);
   if (empty) return finish_direct(b.view, {0, nullptr, nullptr}, out, options, stream);  // nobody to choose
-  const Mining mining = mining_for(b.x.scalar_type(), anchors, references);
+  const Mining mining = mining_for(b.x, b.ref);
   if (mining == Mining::direct) {
     mine_and_finish_direct(b, out, options, stream);
   } else {
