@@ -57,9 +57,10 @@ void check_batch_hard(const std::string& name, const Kernels<T>& kernels, int64_
     for (int64_t k = 0; k < depth; ++k) sum += std::pow(double(x[i * depth + k]) - double(x[j * depth + k]), 2);
     return sum;
   };
-  std::vector<double> centre(depth), norms(n);
-  in_threads(depth, [&](int64_t begin, int64_t end) { kernels.column_sums(rows, nullptr, begin, end, centre.data()); });
-  for (double& c : centre) c /= double(n);
+  std::vector<double> sums(depth), norms(n);
+  in_threads(depth, [&](int64_t begin, int64_t end) { kernels.column_sums(rows, nullptr, begin, end, sums.data()); });
+  std::vector<T> centre;
+  for (const double sum : sums) centre.push_back(T(sum / double(n)));
   in_threads(n, [&](int64_t begin, int64_t end) { kernels.inverse_norms(rows, begin, end, norms.data()); });
 
   // Classes of three adjacent rows, in their order.

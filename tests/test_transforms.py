@@ -107,6 +107,16 @@ def test_vmap_over_a_leading_batch():
     )
 
 
+@pytest.mark.parametrize("form", ["dual", "jvp"])
+def test_forward_mode_is_refused_not_ignored(form):
+    x, labels = torch.randn(8, 3), torch.arange(2).repeat(4)
+    with pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
+        if form == "jvp":
+            torch.func.jvp(lambda x: batch_hard_triplet_loss(x, labels), (x,), (x,))
+        with torch.autograd.forward_ad.dual_level():
+            batch_hard_triplet_loss(torch.autograd.forward_ad.make_dual(x, x), labels)
+
+
 def test_func_grad_and_its_compositions():
     x, labels = torch.randn(3, 10, 4, dtype=torch.float64), torch.randint(3, (3, 10))
     grad = torch.func.grad(batch_hard_triplet_loss)

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <mutex>
 #include <tuple>
@@ -22,9 +23,14 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 constexpr int32_t kNobody = std::numeric_limits<int32_t>::max();
 
-// Panels on a side of the squares that threads search: enough rows to reuse what is in L2, few enough for balance.
+// Panels on a side of the squares that threads search: enough rows to reuse what is in L2, and so few that every thread gets about
+// four squares. (Small ones cost: each takes the best found so far from whichever core was there before.)
 constexpr int64_t kMostBlockPanels = 8;
-constexpr int64_t kFewestBlocks = 8;
+
+int64_t square_side(int64_t panels) {
+  const int64_t blocks = std::max<int64_t>(4, std::lround(std::ceil(std::sqrt(8.0 * at::get_num_threads()))));
+  return std::clamp<int64_t>(panels / blocks, 1, kMostBlockPanels);
+}
 
 // Squares of `work` multiplications that are worth waking a thread for.
 int64_t square_grain(int64_t work) { return std::max<int64_t>(1, 262144 / work); }
@@ -62,7 +68,8 @@ PackedPoints<T> pack(const Kernels<T>& kernels, const Rows& x, const std::vector
   p.half_norm.resize(p.panels * kernels.panel_rows);
   p.original.resize(p.panels * kernels.panel_rows);
   p.view = {p.panel_buffer.template mutable_data_ptr<T>(), p.half_norm.data(), p.original.data(), x.depth};
-  const Packing packing{order.data(), center.data(), p.row_scale.empty() ? nullptr : p.row_scale.data()};
+  const std::vector<T> rounded(center.begin(), center.end());  // any shift does, as long as it is the same for every row
+  const Packing<T> packing{order.data(), rounded.data(), p.row_scale.empty() ? nullptr : p.row_scale.data()};
   at::parallel_for(0, p.panels, std::max<int64_t>(1, row_grain(x.depth) / kernels.panel_rows),
                    [&](int64_t begin, int64_t end) { kernels.pack(x, packing, begin, end, p.view); });
   return p;
@@ -99,21 +106,19 @@ struct ExtremesBuffer {
   std::vector<int32_t> negative_index, positive_index;
 };
 
-// Into [to, to + n) of `all` whatever in the first n of `part` is better: smaller (larger), then the lower index.
+// Into [to, to + n) of `all` whatever in the first n of `part` is better: smaller (larger), then the lower index. Without branches, so
+// that it vectorises.
 template <class T>
 void merge(ExtremesBuffer<T>& all, int64_t to, const ExtremesBuffer<T>& part, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    const T negative = part.negative[i], positive = part.positive[i];
-    if (std::tie(negative, part.negative_index[i]) < std::tie(all.negative[to + i], all.negative_index[to + i])) {
-      all.negative[to + i] = negative;
-      all.negative_index[to + i] = part.negative_index[i];
+  const auto take = [&](T* value, int32_t* index, const T* other, const int32_t* other_index, auto better) {
+    for (int64_t i = 0; i < n; ++i) {
+      const bool takes = better(other[i], value[i]) | ((other[i] == value[i]) & (other_index[i] < index[i]));
+      value[i] = takes ? other[i] : value[i];
+      index[i] = takes ? other_index[i] : index[i];
     }
-    if (positive > all.positive[to + i] ||
-        (positive == all.positive[to + i] && part.positive_index[i] < all.positive_index[to + i])) {
-      all.positive[to + i] = positive;
-      all.positive_index[to + i] = part.positive_index[i];
-    }
-  }
+  };
+  take(all.negative.data() + to, all.negative_index.data() + to, part.negative.data(), part.negative_index.data(), std::less<T>());
+  take(all.positive.data() + to, all.positive_index.data() + to, part.positive.data(), part.positive_index.data(), std::greater<T>());
 }
 
 template <class T>
@@ -130,7 +135,7 @@ template <class T>
 ExtremesBuffer<T> search(const Kernels<T>& kernels, const PackedPoints<T>& rows, const PackedPoints<T>& columns,
                          const std::vector<int32_t>& positive_begin, const std::vector<int32_t>& positive_end, bool symmetric) {
   const int64_t width = kernels.panel_rows;
-  const int64_t side = std::clamp<int64_t>(std::min(rows.panels, columns.panels) / kFewestBlocks, 1, kMostBlockPanels);
+  const int64_t side = square_side(std::min(rows.panels, columns.panels));
   const int64_t row_blocks = (rows.panels + side - 1) / side, column_blocks = (columns.panels + side - 1) / side;
   const int64_t squares = symmetric ? row_blocks * (row_blocks + 1) / 2 : row_blocks * column_blocks;
 

@@ -17,9 +17,10 @@ struct Rows {
 };
 
 // How embeddings become packed rows: row p of the packing is (x[order[p]] * row_scale - center).
+template <class T>
 struct Packing {
   const int32_t* order;     // [count] packed position -> row of x
-  const double* center;     // [depth], subtracted to keep cancellation out of |a|^2 + |b|^2 - 2ab
+  const T* center;          // [depth], subtracted to keep cancellation out of |a|^2 + |b|^2 - 2ab
   const double* row_scale;  // [count] by row of x; null means 1
 };
 
@@ -90,7 +91,7 @@ struct Kernels {
   void (*column_sums)(const Rows& x, const double* row_scale, int64_t begin, int64_t end, double* sums);
   // scale[row] = 1 / |x[row]|, 0 for a zero row, NaN for a row that is not finite.
   void (*inverse_norms)(const Rows& x, int64_t begin, int64_t end, double* scale);
-  void (*pack)(const Rows& x, const Packing& packing, int64_t panel_begin, int64_t panel_end, const PackedRows<T>& out);
+  void (*pack)(const Rows& x, const Packing<T>& packing, int64_t panel_begin, int64_t panel_end, const PackedRows<T>& out);
   void (*mine)(const MineBlock<T>& block);
   // d_ap, d_an of the anchors [begin, end) by direct differences; 0 where the anchor is not valid.
   void (*triplet_distances)(const Rows& anchors, const Rows& references, const int32_t* positives, const int32_t* negatives,

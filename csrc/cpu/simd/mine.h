@@ -26,6 +26,30 @@ DEEPSIM_INLINE void improve_positive(const Extremes<T>& best, int64_t at, T valu
   }
 }
 
+// Improves on the best of row r by the candidates in `bits`: elements of value, as stored at `values`. Each that does so rules out
+// more of the others.
+template <class T>
+DEEPSIM_INLINE void improve_row_negative(const Extremes<T>& best, int64_t r, Vec<T> value, uint32_t bits, const T* values,
+                                         const int32_t* original) {
+  bits &= bits_le(value, broadcast(best.negative[r]));
+  while (bits) {
+    const int l = __builtin_ctz(bits);
+    improve_negative(best, r, values[l], original[l]);
+    bits &= (bits - 1) & bits_le(value, broadcast(best.negative[r]));
+  }
+}
+
+template <class T>
+DEEPSIM_INLINE void improve_row_positive(const Extremes<T>& best, int64_t r, Vec<T> value, uint32_t bits, const T* values,
+                                         const int32_t* original) {
+  bits &= bits_le(broadcast(best.positive[r]), value);
+  while (bits) {
+    const int l = __builtin_ctz(bits);
+    improve_positive(best, r, values[l], original[l]);
+    bits &= (bits - 1) & bits_le(broadcast(best.positive[r]), value);
+  }
+}
+
 // Replaces the products in row r of a tile by the pairs' values.
 template <class T>
 DEEPSIM_INLINE void values_from_products(T* row, T half_norm, const Vec<T>* column_half_norm, Vec<T>* value) {
@@ -56,18 +80,19 @@ inline void reduce_negatives(T* tile, const T* row_half_norm, const int32_t* row
     }
     if (__builtin_expect(bits_le(row_smallest, broadcast(row_best.negative[r])) != 0, 0)) {
       for (int v = 0; v < NV; ++v) {
-        for (uint32_t bits = bits_le(value[v], broadcast(row_best.negative[r])); bits; bits &= bits - 1) {
-          const int c = v * W + __builtin_ctz(bits);
-          improve_negative(row_best, r, tile[r * NR + c], column_original[c]);
-        }
+        improve_row_negative(row_best, r, value[v], ~0u, tile + r * NR + v * W, column_original + v * W);
       }
     }
   }
   if constexpr (kColumns) {
     for (int v = 0; v < NV; ++v) {
-      for (uint32_t bits = bits_le(smallest[v], load(column_best.negative + v * W)); bits; bits &= bits - 1) {
-        const int c = v * W + __builtin_ctz(bits);
-        for (int r = 0; r < NR; ++r) improve_negative(column_best, c, tile[r * NR + c], row_original[r]);
+      const uint32_t improved = bits_le(smallest[v], load(column_best.negative + v * W));
+      for (int r = 0; improved != 0 && r < NR; ++r) {
+        const T* values = tile + r * NR + v * W;
+        for (uint32_t bits = improved & bits_le(load(values), smallest[v]); bits; bits &= bits - 1) {
+          const int l = __builtin_ctz(bits);
+          improve_negative(column_best, v * W + l, values[l], row_original[r]);
+        }
       }
     }
   }
@@ -98,14 +123,8 @@ inline void reduce_mixed(const MineBlock<T>& m, T* tile, int64_t row, int64_t co
       const uint32_t negatives = kAll & ~same_label, positives = same_label & ~self;
       const T* values = tile + r * NR + v * W;
       const int32_t* original = m.columns.original + first;
-      for (uint32_t bits = negatives & bits_le(value[v], broadcast(row_best.negative[r])); bits; bits &= bits - 1) {
-        const int l = __builtin_ctz(bits);
-        improve_negative(row_best, r, values[l], original[l]);
-      }
-      for (uint32_t bits = positives & bits_le(broadcast(row_best.positive[r]), value[v]); bits; bits &= bits - 1) {
-        const int l = __builtin_ctz(bits);
-        improve_positive(row_best, r, values[l], original[l]);
-      }
+      improve_row_negative(row_best, r, value[v], negatives, values, original);
+      improve_row_positive(row_best, r, value[v], positives, values, original);
       if (!update_columns) continue;
       const int32_t index = m.rows.original[row + r];
       for (uint32_t bits = negatives & bits_le(value[v], load(column_best.negative + v * W)); bits; bits &= bits - 1) {

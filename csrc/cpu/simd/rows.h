@@ -21,14 +21,17 @@ void column_sums(const Rows& x, const double* row_scale, int64_t begin, int64_t 
   }
 }
 
-// Sum over k of term(k) in eight interleaved chains: a fixed order that vectorises.
+// Sum over k of term(k) in interleaved chains: a fixed order that vectorises, and enough of them to hide the latency of additions.
 template <class Term>
 DEEPSIM_INLINE double sum_of(int64_t n, Term term) {
-  double chain[8] = {};
+  constexpr int kChains = 32;
+  double chain[kChains] = {};
   int64_t k = 0;
-  for (; k + 8 <= n; k += 8)
-    for (int l = 0; l < 8; ++l) chain[l] += term(k + l);
-  for (; k < n; ++k) chain[k & 7] += term(k);
+  for (; k + kChains <= n; k += kChains)
+    for (int l = 0; l < kChains; ++l) chain[l] += term(k + l);
+  for (; k < n; ++k) chain[k % kChains] += term(k);
+  for (int width = kChains / 2; width >= 8; width /= 2)
+    for (int l = 0; l < width; ++l) chain[l] += chain[l + width];
   return ((chain[0] + chain[1]) + (chain[2] + chain[3])) + ((chain[4] + chain[5]) + (chain[6] + chain[7]));
 }
 
@@ -42,7 +45,7 @@ void inverse_norms(const Rows& x, int64_t begin, int64_t end, double* scale) {
 }
 
 template <class S>
-void pack(const Rows& x, const Packing& packing, int64_t panel_begin, int64_t panel_end,
+void pack(const Rows& x, const Packing<typename ComputeOf<S>::type>& packing, int64_t panel_begin, int64_t panel_end,
           const PackedRows<typename ComputeOf<S>::type>& out) {
   using T = typename ComputeOf<S>::type;
   constexpr int64_t NR = kPanelRows<T>, W = kLanes<T>;
@@ -50,26 +53,24 @@ void pack(const Rows& x, const Packing& packing, int64_t panel_begin, int64_t pa
     const int64_t first = p * NR, count = x.count - first < NR ? x.count - first : NR;
     T* panel = out.panels + p * x.depth * NR;
     const int32_t* order = packing.order + first;
-    // The mean is rounded to T first: any shift does, as long as it is the same for every row.
     const auto shifted = [&](int64_t r, int64_t k, auto v) {
       if constexpr (sizeof v == sizeof(T)) {
         const double scale = packing.row_scale ? packing.row_scale[order[r]] : 1.0;
-        return T(T(v * scale) - T(packing.center[k]));
+        return T(T(v * scale) - packing.center[k]);
       } else {
-        T center[W];
-        for (int64_t l = 0; l < W; ++l) center[l] = T(packing.center[k + l]);
         if (packing.row_scale) {
           const double scale = packing.row_scale[order[r]];
           for (int64_t l = 0; l < W; ++l) v[l] = T(double(v[l]) * scale);
         }
-        return v - load(center);
+        return v - load(packing.center + k);
       }
     };
     pack_panel<T, S>([&](int64_t r) { return row_of<S>(x, order[r]); }, count, x.depth, panel, shifted);
+    double square[NR] = {};
+    for (int64_t k = 0; k < x.depth; ++k)
+      for (int64_t r = 0; r < NR; ++r) square[r] += double(panel[k * NR + r]) * double(panel[k * NR + r]);
     for (int64_t r = 0; r < NR; ++r) {
-      double square = 0;
-      for (int64_t k = 0; k < x.depth; ++k) square += double(panel[k * NR + r]) * double(panel[k * NR + r]);
-      out.half_norm[first + r] = r < count ? T(square / 2) : T(__builtin_inf());
+      out.half_norm[first + r] = r < count ? T(square[r] / 2) : T(__builtin_inf());
       out.original[first + r] = r < count ? order[r] : INT32_MAX;
     }
   }
