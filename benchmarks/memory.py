@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from deepsim_ext.demo.memory import peak_of_call
+from deepsim_ext._memory import peak_of_call
 
 from .timing import Contender, Record
 

@@ -14,9 +14,9 @@ def differentiable(
 ) -> Callable[..., Any]:
     """Registers the gradient of torch.ops.deepsim_ext.<op> and returns the op as a function to call.
 
-    The op itself gets the formula, for torch.compile and for those who call the op. The returned function goes
-    through an autograd.Function with the same formula: for torch.func's transforms in the form that they ask
-    for, otherwise in the older one, which takes a fraction of the time (of small batches it is most of it).
+    The op itself gets the formula, for torch.compile and for those who call the op. The returned function
+    goes through an autograd.Function with the same formula: for torch.func's transforms in the form that they
+    ask for, otherwise in the older one, which takes a fraction of the time, most of which small batches take.
     """
     overload = getattr(torch.ops.deepsim_ext, op).default
     torch.library.register_autograd(f"deepsim_ext::{op}", backward, setup_context=setup_context)

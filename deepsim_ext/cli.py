@@ -1,4 +1,4 @@
-"""The command line: `python -m deepsim_ext info | demo`."""
+"""The command line: `python -m deepsim_ext info | demo | profile-mining`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import __version__, build_info, demo
+from . import __version__, build_info, demo, profile_mining
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,6 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     demo.add_arguments(demo_command)
     demo_command.set_defaults(run=demo.run)
+    profile_command = commands.add_parser(
+        "profile-mining", help="throughput of triplet mining on this machine, stage by stage"
+    )
+    profile_mining.add_arguments(profile_command)
+    profile_command.set_defaults(run=profile_mining.run)
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../batch_hard.h"
+#include "../common/stage.h"
 #include "../common/triplet_loss.h"
 #include "batch_hard_mine.h"
 #include "capability.h"
@@ -34,6 +35,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> loss_forw
     const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& labels, const OptionalTensor& ref,
     const OptionalTensor& ref_labels, const TripletLoss<T>& loss, Distance distance, Reduction reduction) {
   const Mined mined = mine_batch_hard(x, labels, ref, ref_labels, distance);
+  const Stage stage("recompute");
   const int64_t n = x.size(0);
   const auto options = x.options().dtype(c10::CppTypeToScalarType<T>::value);
   at::Tensor d_ap = at::empty({n}, options), d_an = at::empty({n}, options);
@@ -112,6 +114,7 @@ std::tuple<at::Tensor, at::Tensor> loss_backward(const Kernels<T>& kernels, cons
                                                  const OptionalTensor& ref, const at::Tensor& positives,
                                                  const at::Tensor& negatives, const at::Tensor& d_ap, const at::Tensor& d_an,
                                                  const TripletLoss<T>& loss, Distance distance, Reduction reduction) {
+  const Stage stage("backward");
   const int64_t n = x.size(0), depth = x.size(1);
   const int32_t *p = positives.const_data_ptr<int32_t>(), *q = negatives.const_data_ptr<int32_t>();
   const T *ap = d_ap.const_data_ptr<T>(), *an = d_an.const_data_ptr<T>(), *g = grad_loss.const_data_ptr<T>();

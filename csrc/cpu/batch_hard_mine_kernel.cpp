@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../batch_hard.h"
+#include "../common/stage.h"
 #include "batch_hard_mine.h"
 #include "capability.h"
 #include "rows.h"
@@ -36,14 +37,34 @@ int64_t square_side(int64_t panels) {
 int64_t square_grain(int64_t work) { return std::max<int64_t>(1, 262144 / work); }
 
 struct SortedLabels {
-  std::vector<int32_t> order;  // packed position -> row; rows of one label adjacent and in their order
-  at::Tensor labels;           // by packed position
+  std::vector<int32_t> order;   // packed position -> row; rows of one label adjacent and in their order
+  std::vector<int64_t> labels;  // by packed position
 };
 
+// Class numbers are counted; labels that lie far apart are left to torch's sort.
 SortedLabels sort_labels(const at::Tensor& labels) {
-  auto [sorted, order] = at::sort(labels, /*stable=*/true, /*dim=*/0, /*descending=*/false);
-  const int64_t* p = order.const_data_ptr<int64_t>();
-  return {std::vector<int32_t>(p, p + order.numel()), sorted};
+  const Stage stage("sort");
+  const int64_t n = labels.numel();
+  SortedLabels sorted{std::vector<int32_t>(n), std::vector<int64_t>(n)};
+  const at::Tensor rows = labels.contiguous();
+  const int64_t* label = rows.const_data_ptr<int64_t>();
+  const auto [low, high] = std::minmax_element(label, label + n);
+  const uint64_t range = n == 0 ? 0 : uint64_t(*high) - uint64_t(*low);
+  if (range <= uint64_t(4 * n)) {
+    std::vector<int32_t> next(range + 2);
+    for (int64_t i = 0; i < n; ++i) ++next[label[i] - *low + 1];
+    for (uint64_t k = 1; k < next.size(); ++k) next[k] += next[k - 1];
+    for (int64_t i = 0; i < n; ++i) {
+      const int32_t position = next[label[i] - *low]++;
+      sorted.order[position] = int32_t(i);
+      sorted.labels[position] = label[i];
+    }
+  } else {
+    const auto [values, order] = at::sort(rows, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+    std::copy_n(values.const_data_ptr<int64_t>(), n, sorted.labels.begin());
+    std::copy_n(order.const_data_ptr<int64_t>(), n, sorted.order.begin());
+  }
+  return sorted;
 }
 
 // Packed rows and the buffers they stand in.
@@ -60,6 +81,7 @@ struct PackedPoints {
 template <class T>
 PackedPoints<T> pack(const Kernels<T>& kernels, const Rows& x, const std::vector<int32_t>& order,
                      const std::vector<double>& center, std::vector<double> row_scale) {
+  const Stage stage("pack");
   PackedPoints<T> p;
   p.count = x.count;
   p.panels = (x.count + kernels.panel_rows - 1) / kernels.panel_rows;
@@ -77,6 +99,7 @@ PackedPoints<T> pack(const Kernels<T>& kernels, const Rows& x, const std::vector
 
 template <class T>
 std::vector<double> column_means(const Kernels<T>& kernels, const Rows& x, const std::vector<double>& row_scale) {
+  const Stage stage("centre");
   std::vector<double> mean(x.depth);
   at::parallel_for(0, x.depth, std::max<int64_t>(16, 65536 / std::max<int64_t>(1, x.count)), [&](int64_t begin, int64_t end) {
     kernels.column_sums(x, row_scale.empty() ? nullptr : row_scale.data(), begin, end, mean.data());
@@ -134,6 +157,7 @@ void copy(const ExtremesBuffer<T>& all, int64_t from, int64_t n, ExtremesBuffer<
 template <class T>
 ExtremesBuffer<T> search(const Kernels<T>& kernels, const PackedPoints<T>& rows, const PackedPoints<T>& columns,
                          const std::vector<int32_t>& positive_begin, const std::vector<int32_t>& positive_end, bool symmetric) {
+  const Stage stage("tiles");
   const int64_t width = kernels.panel_rows;
   const int64_t side = square_side(std::min(rows.panels, columns.panels));
   const int64_t row_blocks = (rows.panels + side - 1) / side, column_blocks = (columns.panels + side - 1) / side;
@@ -169,9 +193,9 @@ ExtremesBuffer<T> search(const Kernels<T>& kernels, const PackedPoints<T>& rows,
 }
 
 // Columns with the label of each row: [begin, end). Both are sorted, so one walk finds all.
-std::pair<std::vector<int32_t>, std::vector<int32_t>> positive_ranges(const at::Tensor& rows, const at::Tensor& columns) {
-  const int64_t *row = rows.const_data_ptr<int64_t>(), *column = columns.const_data_ptr<int64_t>();
-  const int64_t n = rows.numel(), m = columns.numel();
+std::pair<std::vector<int32_t>, std::vector<int32_t>> positive_ranges(const std::vector<int64_t>& row,
+                                                                      const std::vector<int64_t>& column) {
+  const int64_t n = int64_t(row.size()), m = int64_t(column.size());
   std::vector<int32_t> begin(n), end(n);
   for (int64_t i = 0, low = 0, high = 0; i < n; ++i) {
     while (low < m && column[low] < row[i]) ++low;

@@ -11,6 +11,7 @@
 
 #include "../common/checks.h"
 #include "../common/layout.h"
+#include "../common/stage.h"
 #include "backend.h"
 #include "batch_hard.h"
 #include "storage_of.h"
@@ -89,6 +90,7 @@ struct OwnedSet {
 };
 
 OwnedSet own_set(const at::Tensor& x, const at::Tensor& labels, int64_t row_bytes) {
+  const Stage stage("sort");
   OwnedSet s;
   std::tie(s.sorted_labels, s.order) = at::sort(labels, /*stable=*/true, /*dim=*/0, /*descending=*/false);
   const int64_t rows = padded_rows(x.size(0));
@@ -112,7 +114,11 @@ void mine_and_finish_direct(const OwnedBatch& b, const Triplets& out, const Loss
   const at::Tensor values = at::empty({2 * splits * anchors}, b.x.options().dtype(type));
   const at::Tensor indices = at::empty({2 * splits * anchors}, b.x.options().dtype(at::kInt));
   const DirectFound found{splits, values.mutable_data_ptr(), indices.mutable_data_ptr<int32_t>()};
-  mine_direct(b.view, found, stream);
+  {
+    const Stage stage("tiles");
+    mine_direct(b.view, found, stream);
+  }
+  const Stage stage("recompute");
   finish_direct(b.view, found, out, options, stream);
 }
 
@@ -134,7 +140,10 @@ void mine_and_finish_tiles(const OwnedBatch& b, bool by_wgmma, const Triplets& o
     m.centre_sums = sums.mutable_data_ptr<double>();
     m.centre = centre.mutable_data_ptr<float>();
   }
-  pack_tiles(b.view, m, stream);
+  {
+    const Stage stage("pack");
+    pack_tiles(b.view, m, stream);
+  }
   for (OwnedSet* set : {&anchors, &references}) {
     set->order.reset();
     set->sorted_labels.reset();
@@ -142,7 +151,11 @@ void mine_and_finish_tiles(const OwnedBatch& b, bool by_wgmma, const Triplets& o
   const at::Tensor keys = at::zeros({2, padded_rows(b.x.size(0))}, b.x.options().dtype(at::kLong));
   m.positive = reinterpret_cast<unsigned long long*>(keys.mutable_data_ptr<int64_t>());
   m.negative = m.positive + keys.size(1);
-  mine_tiles(b.view, m, stream);
+  {
+    const Stage stage("tiles");
+    mine_tiles(b.view, m, stream);
+  }
+  const Stage stage("recompute");
   finish_tiles(b.view, m, out, options, stream);
 }
 
@@ -202,6 +215,7 @@ std::tuple<at::Tensor, at::Tensor> batch_hard_triplet_loss_backward(
   const Distance d = distance_from(function, distance);
   const LossOptions options{margin, soft, reduction_from(function, reduction)};
   check_backward(grad_loss, embeddings, ref_embeddings, positives, negatives, d_ap, d_an, options.reduction);
+  const Stage stage("backward");
   const c10::DeviceGuard guard(embeddings.device());
   void* stream = current_stream(embeddings);
   const OwnedBatch b = own(embeddings, ref_embeddings, d);
