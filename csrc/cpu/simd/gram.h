@@ -14,9 +14,17 @@ inline int64_t channel_panels(int64_t channels) {
   return (channels + kPanelRows<T> - 1) / kPanelRows<T>;
 }
 
+// How many positions are packed at a time: as many blocks of the depth, for a tile to stay in L1 meanwhile, as fit in half of a
+// 2 MiB L2, up to four.
+template <class T>
+inline int64_t packed_positions(int64_t channels) {
+  const int64_t blocks = (int64_t(1) << 20) / (channel_panels<T>(channels) * kPanelRows<T> * kDepthBlock * int64_t(sizeof(T)));
+  return (blocks < 1 ? 1 : blocks > 4 ? 4 : blocks) * kDepthBlock;
+}
+
 template <class T>
 int64_t gram_scratch(int64_t channels) {
-  return channel_panels<T>(channels) * kPanelRows<T> * kDepthBlock;
+  return channel_panels<T>(channels) * kPanelRows<T> * packed_positions<T>(channels);
 }
 
 // One row of a panel from adjacent elements, filled up with zeros.
@@ -33,14 +41,14 @@ template <class S>
 void gram(const FeatureSlice& f, typename ComputeOf<S>::type* packed, typename ComputeOf<S>::type* tiles) {
   using T = typename ComputeOf<S>::type;
   constexpr int64_t NR = kPanelRows<T>;
-  const int64_t panels = channel_panels<T>(f.channels);
+  const int64_t panels = channel_panels<T>(f.channels), most = packed_positions<T>(f.channels);
   const S* data = static_cast<const S*>(f.data);
-  for (int64_t position = f.begin; position < f.end; position += kDepthBlock) {
-    const int64_t depth = f.end - position < kDepthBlock ? f.end - position : kDepthBlock;
+  for (int64_t position = f.begin; position < f.end; position += most) {
+    const int64_t depth = f.end - position < most ? f.end - position : most;
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t first = p * NR, count = f.channels - first < NR ? f.channels - first : NR;
       const S* origin = data + first * f.channel_stride + position * f.position_stride;
-      T* panel = packed + first * kDepthBlock;
+      T* panel = packed + first * most;
       if (f.position_stride == 1) {
         pack_panel<T, S>([&](int64_t r) { return origin + r * f.channel_stride; }, count, depth, panel,
                          [](int64_t, int64_t, auto v) { return v; });
@@ -51,7 +59,7 @@ void gram(const FeatureSlice& f, typename ComputeOf<S>::type* packed, typename C
     T* tile = tiles;
     for (int64_t i = 0; i < panels; ++i)
       for (int64_t j = i; j < panels; ++j, tile += NR * NR)
-        tile_product(packed + i * NR * kDepthBlock, packed + j * NR * kDepthBlock, depth, tile, position > f.begin);
+        tile_product(packed + i * NR * most, packed + j * NR * most, depth, tile, position > f.begin);
   }
 }
 
