@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-fast test-emulated lint cuda-check sanitize gpu-check bench clean FORCE
+.PHONY: demo test test-fast test-emulated lint cuda-check sanitize gpu-check bench bench-check scaling clean FORCE
 
 demo: $(VENV)/built
 	$(BIN)/python -m deepsim_ext demo
@@ -52,9 +52,18 @@ lint: $(VENV)/built
 	$(BIN)/ruff format --check .
 
 # Threads stay on cores of their own: left to the scheduler, two of them at times share one for a whole run.
+BOUND := OMP_PROC_BIND=true OMP_PLACES=cores
 bench: $(VENV)/built
-	OMP_PROC_BIND=true OMP_PLACES=cores $(BIN)/python -m benchmarks.run
+	$(BOUND) $(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.readme
+
+# Whether the losses have become slower than the record says, as ratios to one product.
+bench-check: $(VENV)/built
+	$(BOUND) $(BIN)/python -m benchmarks.check
+
+# The curves in the README.
+scaling: $(VENV)/built
+	$(BOUND) $(BIN)/python -m benchmarks.scaling
 
 clean:
 	rm -rf $(VENV) build deepsim_ext/_C*.so

@@ -181,9 +181,10 @@ ExtremesBuffer<T> search(const Kernels<T>& kernels, const PackedPoints<T>& rows,
       const bool both = symmetric && i != j;
       with_lock(i, [&](int64_t first, int64_t count) { copy(best, first, count, row_best); });
       if (both) with_lock(j, [&](int64_t first, int64_t count) { copy(best, first, count, column_best); });
-      kernels.mine({rows.view, columns.view, positive_begin.data(), positive_end.data(), rows.count, i * side,
-                    std::min((i + 1) * side, rows.panels), j * side, std::min((j + 1) * side, columns.panels), symmetric,
-                    row_best.view(), both ? column_best.view() : row_best.view()});
+      const TileBlock<T> tiles{rows.view,  columns.view, positive_begin.data(), positive_end.data(),
+                               rows.count, i * side,     std::min((i + 1) * side, rows.panels), j * side,
+                               std::min((j + 1) * side, columns.panels), symmetric};
+      kernels.mine({tiles, row_best.view(), both ? column_best.view() : row_best.view()});
       with_lock(i, [&](int64_t first, int64_t count) { merge(best, first, row_best, count); });
       if (both) with_lock(j, [&](int64_t first, int64_t count) { merge(best, first, column_best, count); });
       if (++j == column_blocks) j = symmetric ? ++i : (++i, 0);

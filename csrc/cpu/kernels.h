@@ -42,15 +42,21 @@ struct Extremes {
   int32_t *negative_index, *positive_index;
 };
 
-// One rectangle of panels to search. Rows and columns are sorted by label, so the positives of row i are the columns
-// positive_begin[i] up to positive_end[i].
+// One rectangle of panels. Rows and columns are sorted by label, so the positives of row i are the columns positive_begin[i] up to
+// positive_end[i].
 template <class T>
-struct MineBlock {
+struct TileBlock {
   PackedRows<T> rows, columns;
   const int32_t *positive_begin, *positive_end;
-  int64_t row_count;                                // rows that are not filling
+  int64_t row_count;                                     // rows that are not filling
   int64_t row_begin, row_end, column_begin, column_end;  // in panels
-  bool symmetric;            // rows and columns are the same points: search i < j, update both, never pair i with itself
+  bool symmetric;  // rows and columns are the same points: only i <= j is computed, and i is never paired with itself
+};
+
+// One rectangle to search for the hardest pairs of its rows and, where it is symmetric, of its columns.
+template <class T>
+struct MineBlock {
+  TileBlock<T> tiles;
   Extremes<T> row_best, column_best;  // entry 0 belongs to the first row (column) of the block
 };
 

@@ -1,4 +1,4 @@
-// Batch-hard mining of one rectangle of panels: tile product, then a reduction of the tile's rows and columns in L1.
+// Batch-hard mining of one rectangle of panels: the reduction of a tile's rows and columns while it is in L1.
 //
 // The value of a pair is e = |a|^2/2 + |b|^2/2 - ab = |a - b|^2 / 2, the same bits for (i, j) and (j, i). A tile is
 // swept with one comparison per register against the best so far; only where that says "as good or better", ever more
@@ -6,7 +6,7 @@
 // the lower original index. NaN compares false and is never chosen.
 #pragma once
 
-#include "tile_product.h"
+#include "tile_walk.h"
 
 namespace deepsim::cpu::DEEPSIM_CAPABILITY {
 
@@ -107,7 +107,7 @@ DEEPSIM_INLINE uint32_t bits_between(int64_t begin, int64_t end, int64_t first) 
 
 // A tile that holds positives as well. `row`, `column` are the packed positions of its first row and column.
 template <class T>
-inline void reduce_mixed(const MineBlock<T>& m, T* tile, int64_t row, int64_t column, bool update_columns,
+inline void reduce_mixed(const TileBlock<T>& m, T* tile, int64_t row, int64_t column, bool update_columns,
                          const Extremes<T>& row_best, const Extremes<T>& column_best) {
   constexpr int W = kLanes<T>, NR = kPanelRows<T>, NV = kMicroVectors;
   constexpr uint32_t kAll = uint32_t((uint64_t(1) << W) - 1);
@@ -147,27 +147,18 @@ DEEPSIM_INLINE Extremes<T> offset(const Extremes<T>& e, int64_t by) {
 template <class T>
 void mine(const MineBlock<T>& m) {
   constexpr int64_t NR = kPanelRows<T>;
-  alignas(64) T tile[NR * NR];
-  const int64_t depth = m.rows.depth, panel = depth * NR;
-  for (int64_t i = m.row_begin; i < m.row_end; ++i) {
-    const int64_t row = i * NR, last_row = (row + NR < m.row_count ? row + NR : m.row_count) - 1;
-    const Extremes<T> row_best = offset(m.row_best, row - m.row_begin * NR);
-    for (int64_t j = m.symmetric && m.column_begin < i ? i : m.column_begin; j < m.column_end; ++j) {
-      const int64_t column = j * NR;
-      const Extremes<T> column_best = offset(m.column_best, column - m.column_begin * NR);
-      tile_product(m.rows.panels + i * panel, m.columns.panels + j * panel, depth, tile, false);
-      // Ranges ascend with the row, so these two ends bound every row's positives.
-      const bool mixed = m.positive_begin[row] < column + NR && column < m.positive_end[last_row];
-      const bool both = m.symmetric && i != j;  // a tile on the diagonal holds (i, j) and (j, i): its rows are enough
-      if (mixed) {
-        reduce_mixed(m, tile, row, column, both, row_best, column_best);
-      } else {
-        const auto reduce = both ? reduce_negatives<T, true> : reduce_negatives<T, false>;
-        reduce(tile, m.rows.half_norm + row, m.rows.original + row, m.columns.half_norm + column, m.columns.original + column,
-               row_best, column_best);
-      }
+  walk_tiles(m.tiles, [&](T* tile, int64_t row, int64_t column, bool mixed, bool both) {
+    const Extremes<T> row_best = offset(m.row_best, row - m.tiles.row_begin * NR);
+    const Extremes<T> column_best = offset(m.column_best, column - m.tiles.column_begin * NR);
+    if (mixed) {
+      reduce_mixed(m.tiles, tile, row, column, both, row_best, column_best);
+    } else {
+      const PackedRows<T>&rows = m.tiles.rows, &columns = m.tiles.columns;
+      const auto reduce = both ? reduce_negatives<T, true> : reduce_negatives<T, false>;
+      reduce(tile, rows.half_norm + row, rows.original + row, columns.half_norm + column, columns.original + column, row_best,
+             column_best);
     }
-  }
+  });
 }
 
 }  // namespace deepsim::cpu::DEEPSIM_CAPABILITY
