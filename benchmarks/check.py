@@ -86,9 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
         slower = min(ratios) > limit
         lost += slower
         found = ", ".join(f"{ratio:.3f}" for ratio in ratios)
-        print(
-            f"{'SLOWER' if slower else 'ok':7}{op} {case}: {found} of a product, recorded {recorded[op, case]:.3f}"
-        )
+        verdict = "SLOWER" if slower else "ok"
+        print(f"{verdict:7}{op} {case}: {found} of a product, recorded {recorded[op, case]:.3f}")
     return int(lost > 0)
 
 

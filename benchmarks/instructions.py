@@ -1,4 +1,4 @@
-"""`python -m benchmarks.instructions`: instructions that the two main CPU kernels execute in a small fixed case.
+"""`python -m benchmarks.instructions`: instructions that the two main CPU kernels execute in a small case.
 
 Counted by valgrind's callgrind, so the same whatever else the machine does, for one compiler. Writes
 results/instructions.json, with the instructions for each multiplication. Needs g++ and valgrind.

@@ -2,13 +2,13 @@
 
 Batch-hard from 256 to 65,536 embeddings of dimension 128, style loss from 64 to 512 channels of 128 x 128
 positions, beside the torch versions until these no longer fit into memory or a step takes longer than a few
-seconds. Writes results/scaling.json and the plots of the README.
+seconds. Writes results/scaling_*.json and the plots of the README.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator
 from tqdm import tqdm
 
 from . import bench_batch_hard, bench_style
@@ -56,8 +57,7 @@ def batch_hard_point(name: str, rows: int) -> tuple[Contender, Callable[[], Inpu
 
 def style_point(name: str, channels: int) -> tuple[Contender, Callable[[], Inputs], Callable[[], Record]]:
     contender = next(c for c in bench_style.contenders("left out") if c.name == name)
-    probe = f"{__name__}:style_probe"
-    memory = partial(memory_record, contender, 0, probe, name, channels)
+    memory = partial(memory_record, contender, 0, "benchmarks.scaling:style_probe", name, channels)
     return contender, partial(style_inputs, channels), memory
 
 
@@ -73,8 +73,7 @@ def points(op: str, names: tuple[str, ...], sizes: list[int], point: Callable) -
             first = run_once(contender, draw())["both"]  # warms up, unless it takes too long to go on
             runs = RUNS if first < LONGEST_STEP else 0
             seconds = [run_once(contender, draw())["both"] for _ in range(runs)] or [first]
-            peak = memory().get("peak_bytes")
-            yield record | {"p50_ms": 1e3 * float(np.median(seconds)), "peak_bytes": peak}
+            yield memory() | record | {"p50_ms": 1e3 * float(np.median(seconds))}
             if first > LONGEST_STEP:
                 break
 
@@ -94,6 +93,9 @@ def plot(records: list[Record], unit: str, title: str, path: Path) -> None:
         sizes = sorted({r["size"] for r in records})
         axis.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=8, rotation=30)
         axis.minorticks_off()
+        values = [r[key] for r in records if r.get(key)]
+        subs = (1, 2, 5) if max(values) < 1000 * min(values) else (1,)
+        axis.yaxis.set_major_locator(LogLocator(subs=subs))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
     figure.suptitle(title, fontsize=10)
@@ -103,24 +105,27 @@ def plot(records: list[Record], unit: str, title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> int:
-    folder = Path(__file__).parent / "results"
+CURVES = {
+    "batch_hard": (BATCH_HARD, ROWS, batch_hard_point, "rows N", f"Batch-hard triplet loss, D={DIMENSION}"),
+    "style": (STYLE, CHANNELS, style_point, "channels C", f"Style loss, {SIDE}x{SIDE} positions"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
+    parser.add_argument("--only", choices=CURVES, help="one curve instead of both")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder")
+    options = parser.parse_args(arguments)
     where = environment()
-    records = [
-        *points("batch_hard", BATCH_HARD, ROWS, batch_hard_point),
-        *points("style", STYLE, CHANNELS, style_point),
-    ]
-    result = {"environment": where, "records": records}
-    (folder / "scaling.json").write_text(json.dumps(result, indent=1) + "\n")
     machine = f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}"
-    for op, unit, title in (
-        ("batch_hard", "rows N", f"Batch-hard triplet loss, forward + backward, D={DIMENSION}, float32"),
-        ("style", "channels C", f"Style loss, forward + backward, {SIDE}x{SIDE} positions, float32"),
-    ):
-        mine = [r for r in records if r["op"] == op]
-        plot(mine, unit, f"{title}\n{machine}", folder / f"scaling_{op}.png")
-    ours = [r["p50_ms"] for r in records if r["contender"] == "deepsim_ext"]
-    return int(not all(math.isfinite(p50) for p50 in ours))
+    for op in [options.only] if options.only else CURVES:
+        names, sizes, point, unit, title = CURVES[op]
+        records = list(points(op, names, sizes, point))
+        result = {"environment": where, "records": records}
+        (options.output / f"scaling_{op}.json").write_text(json.dumps(result, indent=1) + "\n")
+        title = f"{title}, float32: forward + backward\n{machine}"
+        plot(records, unit, title, options.output / f"scaling_{op}.png")
+    return 0
 
 
 if __name__ == "__main__":

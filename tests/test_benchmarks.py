@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from functools import partial
 
 import pytest
 import torch
 
 import deepsim_ext
-from benchmarks import bench_batch_hard, bench_style, memory, readme, run, timing
+from benchmarks import (
+    bench_batch_hard,
+    bench_style,
+    check,
+    instructions,
+    memory,
+    readme,
+    run,
+    scaling,
+    timing,
+)
+from benchmarks.environment import environment
 from benchmarks.report import Bar
 from benchmarks.timing import Contender, Inputs, relative_errors, value_and_gradients
 
@@ -222,3 +235,78 @@ def test_the_figures_in_the_readme_are_those_of_the_record():
     text = readme.README.read_text()
     assert readme.with_section(text, readme.section(result)) == text
     assert all(bar["status"] != "not measured" for bar in result["bars"])
+
+
+def baseline_of(tmp_path, **different: object):
+    """A record of this machine, but for what is different, in which every case takes one product."""
+    records = [
+        {"op": op, "case": case, "contender": "deepsim_ext", "phase": "both", "product_ratio": 1.0}
+        for op, case in check.CASES
+    ]
+    path = tmp_path / "cpu.json"
+    path.write_text(json.dumps({"environment": environment() | different, "records": records}))
+    return ["--baseline", str(path)]
+
+
+def measured_in_turn(monkeypatch: pytest.MonkeyPatch, *ratios: float) -> None:
+    """Gives every case of check.py the same ratios."""
+    for case in check.CASES:
+        monkeypatch.setitem(check.CASES, case, partial(next, iter(ratios)))
+
+
+@pytest.mark.parametrize(
+    ("ratios", "code"), [((1.14,), 0), ((1.3, 1.2, 1.1), 0), ((1.16, 1.3, 1.2), 1), ((0.5,), 0)]
+)
+def test_bench_check_tells_a_loss_from_noise(tmp_path, monkeypatch, capsys, ratios, code):
+    measured_in_turn(monkeypatch, *ratios)
+    assert check.main(baseline_of(tmp_path)) == code
+    assert capsys.readouterr().out.count("SLOWER") == code * len(check.CASES)
+
+
+def test_bench_check_does_not_compare_machines(tmp_path, capsys):
+    assert check.main(baseline_of(tmp_path, cpu="another")) == 2
+    assert "cpu 'another', here" in capsys.readouterr().out
+
+
+def test_bench_check_measures_ratios_that_the_record_has():
+    recorded = check.recorded_ratios(json.loads(check.BASELINE.read_text()))
+    assert recorded.keys() >= check.CASES.keys()
+    assert 0 < check.batch_hard(64, 8) < float("inf")
+    assert 0 < check.style(16, bench_style.ALL) < float("inf")
+
+
+def test_scaling_stops_where_a_step_takes_too_long(monkeypatch):
+    monkeypatch.setattr(scaling, "LONGEST_STEP", -1.0)
+
+    def point(name, size):
+        contender = Contender(name, loss, skip="no room" if (name, size) == ("b", 1) else "")
+        return contender, sample, lambda: {"peak_bytes": 7}
+
+    records = list(scaling.points("op", ("a", "b"), [1, 2], point))
+    assert [(r["contender"], r["size"], r.get("skipped")) for r in records] == [
+        ("a", 1, None),
+        ("b", 1, "no room"),
+    ]
+    assert records[0]["p50_ms"] > 0 and records[0]["peak_bytes"] == 7
+
+
+def test_scaling_knows_the_contenders():
+    for names, point, size in (
+        (scaling.BATCH_HARD, scaling.batch_hard_point, 16),
+        (scaling.STYLE, scaling.style_point, 4),
+    ):
+        for name in names:
+            contender, draw, _ = point(name, size)
+            assert contender.name == name
+            if not contender.skip:
+                assert timing.run_once(contender, draw())["both"] > 0
+
+
+def test_the_counted_program_fits_the_kernels():
+    command = ["g++", "-std=c++17", "-fsyntax-only", "-I.", "benchmarks/instructions.cpp"]
+    subprocess.run(command, cwd=memory.ROOT, check=True)
+    recorded = json.loads(instructions.RESULT.read_text())
+    for what, multiplications in instructions.MULTIPLICATIONS.items():
+        per = recorded[what]["instructions"] / multiplications
+        assert recorded[what]["per_multiplication"] == round(per, 4)
+        assert 1 / 8 < per < 1  # an AVX2 instruction makes at most eight

@@ -14,12 +14,14 @@ inline int64_t channel_panels(int64_t channels) {
   return (channels + kPanelRows<T> - 1) / kPanelRows<T>;
 }
 
-// How many positions are packed at a time: as many blocks of the depth, for a tile to stay in L1 meanwhile, as fit in half of a
-// 2 MiB L2, up to four.
+// How many positions are packed at a time. With few channels what is packed stays in L1 or close to it; with many, every tile is best
+// taken through several blocks of the depth while it is in L1: as many as fit in half of a 2 MiB L2, up to four.
 template <class T>
 inline int64_t packed_positions(int64_t channels) {
-  const int64_t blocks = (int64_t(1) << 20) / (channel_panels<T>(channels) * kPanelRows<T> * kDepthBlock * int64_t(sizeof(T)));
-  return (blocks < 1 ? 1 : blocks > 4 ? 4 : blocks) * kDepthBlock;
+  constexpr int64_t kFewChannels = 128, kMostBytes = int64_t(1) << 20, kMostBlocks = 4;
+  if (channels <= kFewChannels) return kDepthBlock;
+  const int64_t blocks = kMostBytes / (channel_panels<T>(channels) * kPanelRows<T> * kDepthBlock * int64_t(sizeof(T)));
+  return (blocks < 1 ? 1 : blocks > kMostBlocks ? kMostBlocks : blocks) * kDepthBlock;
 }
 
 template <class T>
