@@ -7,31 +7,20 @@
 
 namespace halves {
 
-inline uint32_t bits_of(float f) {
-  uint32_t u;
-  std::memcpy(&u, &f, 4);
-  return u;
+template <class To, class From>
+To with_bits_of(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
 }
 
-inline uint64_t bits_of(double d) {
-  uint64_t u;
-  std::memcpy(&u, &d, 8);
-  return u;
-}
+inline uint32_t bits_of(float f) { return with_bits_of<uint32_t>(f); }
+inline uint64_t bits_of(double d) { return with_bits_of<uint64_t>(d); }
+inline float float_of(uint32_t u) { return with_bits_of<float>(u); }
 
 // 2^exponent, of a double's normal numbers.
-inline double power_of_two(int exponent) {
-  const uint64_t u = uint64_t(exponent + 1023) << 52;
-  double d;
-  std::memcpy(&d, &u, 8);
-  return d;
-}
-
-inline float float_of(uint32_t u) {
-  float f;
-  std::memcpy(&f, &u, 4);
-  return f;
-}
+inline double power_of_two(int exponent) { return with_bits_of<double>(uint64_t(exponent + 1023) << 52); }
 
 inline float from_bfloat16(uint16_t bits) { return float_of(uint32_t(bits) << 16); }
 
