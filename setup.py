@@ -90,7 +90,8 @@ class Build(BuildExtension):
         Path(self.build_temp).mkdir(parents=True, exist_ok=True)
         running, objects = [], []
         for source in sorted(glob("csrc/cuda/*.cu")):
-            target = Path(self.build_temp, Path(source).stem + "_cu.o")
+            # Named after what they are for, so that another TORCH_CUDA_ARCH_LIST compiles anew.
+            target = Path(self.build_temp, f"{Path(source).stem}.{ARCHITECTURE_NAMES.replace(' ', '.')}.o")
             objects.append(str(target))
             if target.exists() and target.stat().st_mtime > newest:
                 continue

@@ -138,6 +138,8 @@ def compile_for(source: Path, architecture: str, folder: Path) -> list[Kernel]:
     cubin = folder / f"{source.stem}.{architecture}.cubin"
     options = ["-std=c++17", "-O3", f"-arch={architecture}", "-cubin", "-Werror=all-warnings"]
     log = run(find("nvcc"), *options, "-Xptxas=-v,-warn-spills,-warn-lmem-usage", source, "-o", cubin)
+    if "Potential Performance Loss" in log:  # wgmma one at a time: neither a warning nor an error to ptxas
+        sys.exit(f"cuda-check: {source.name} for {architecture}:\n{log}")
     kernels = list(kernels_of(log, architecture))
     sections = re.split(r"^\s*\.section\s+\.text\.(\w+)", run(find("nvdisasm"), cubin), flags=re.MULTILINE)
     code = dict(zip(sections[1::2], sections[2::2], strict=True))

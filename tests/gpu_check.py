@@ -23,9 +23,9 @@ CHECK_FLAGS = ["-std=c++17", "-O2", "-x", "cu", "-I.", "-Itests/emulator"]
 
 
 def is_hopper() -> bool:
-    """Whether the GPU that is here has wgmma."""
-    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True).stdout.startswith("9.0")
+    """Whether the GPU that torch takes has wgmma."""
+    program = "import torch; print(torch.cuda.get_device_capability()[0])"
+    return subprocess.run([PYTHON, "-c", program], capture_output=True, text=True).stdout.strip() == "9"
 
 
 def toolkit(program: str) -> str:

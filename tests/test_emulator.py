@@ -57,7 +57,7 @@ EMPTY_WAIT = (
     "      if (chunk > 0) ptx::mbarrier_wait(&shared.empty[next % kWgmmaStages], next / kWgmmaStages - 1);\n"
 )
 ARRIVAL = "    if (lane == 0) ptx::mbarrier_arrive(&shared.empty[stage]);\n"
-PRODUCTS_WAIT = "    ptx::wgmma_wait<0>();\n"
+PRODUCTS_WAIT = "    ptx::wgmma_wait<0>(products.fragment[0]);\n"
 
 # A file of csrc/cuda, a piece of it, what is put in its place, and what the emulator has to say then.
 PLANTED = {
@@ -96,7 +96,7 @@ PLANTED = {
     "products_of_some_warps": (
         "mine_wgmma",
         PRODUCTS_WAIT,
-        "    if (threadIdx.x < 192) ptx::wgmma_wait<0>();\n",
+        "    if (threadIdx.x < 192) ptx::wgmma_wait<0>(products.fragment[0]);\n",
         "divergent warp",
     ),
 }

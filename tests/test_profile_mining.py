@@ -82,6 +82,22 @@ def test_own_data_and_its_statistics(tmp_path):
     assert record["valid_anchors"] == exact.valid_anchors.item()
 
 
+def test_own_data_in_its_own_dtype_stays_as_it_is(tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(20, 3)))
+    np.save(tmp_path / "labels.npy", np.arange(20) // 4)
+    own = ["--embeddings", str(tmp_path / "x.npy"), "--labels", str(tmp_path / "labels.npy")]
+    grid = ["--dtypes", "float64", "float32", "--losses", "batch_hard", "mine", "--seconds", "0.01"]
+    assert all("both_ms" in r for r in profile(tmp_path / "out", *own, *grid)["records"])
+
+
+def test_the_trace_is_of_a_case_that_ran(tmp_path, monkeypatch):
+    from deepsim_ext.profile_mining import measure
+
+    monkeypatch.setattr(measure, "_available_bytes", lambda device: 1000.0)
+    profile(tmp_path, *QUICK, "--trace", "--losses", "torch_eager", "batch_hard")
+    assert "deepsim_ext::tiles" in (tmp_path / "trace.json").read_text()
+
+
 def test_the_trace_has_the_stages_as_ranges(tmp_path):
     profile(tmp_path, *QUICK, "--trace")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
@@ -137,8 +153,9 @@ def test_ctrl_c_keeps_the_cases_so_far(tmp_path, monkeypatch, capsys):
         ({"x": np.zeros((3, 2))}, "--embeddings and --labels go together"),
         (
             {"x": np.zeros(3), "y": np.zeros(3, int)},
-            "expected floating point of shape [N, D], got float64 [3]",
+            "expected floating point of shape [N, D] with N, D >= 1, got float64 [3]",
         ),
+        ({"x": np.zeros((0, 2)), "y": np.zeros(0, int)}, "with N, D >= 1, got float64 [0, 2]"),
         ({"x": np.zeros((3, 2)), "y": np.zeros(4, int)}, "expected integers of shape [3], got int64 [4]"),
         ({"x": np.zeros((3, 2)), "y": np.zeros(3)}, "expected integers of shape [3], got float64 [3]"),
         ({"x": np.array([{}], dtype=object), "y": np.zeros(1, int)}, "no array that NumPy can read"),
@@ -155,9 +172,11 @@ def test_unusable_files_are_one_line(tmp_path, capsys, arrays, message):
     assert error.startswith("profile-mining: ") and message in error and error.count("\n") == 1
 
 
-def test_an_unknown_device_is_one_line(tmp_path, capsys):
-    assert main(["profile-mining", *QUICK, "--devices", "nowhere", "--output", str(tmp_path)]) == 1
-    assert "profile-mining: device nowhere: " in capsys.readouterr().err
+@pytest.mark.parametrize("device", ["nowhere", "meta"])
+def test_an_unusable_device_is_one_line(tmp_path, capsys, device):
+    assert main(["profile-mining", *QUICK, "--devices", device, "--output", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert f"profile-mining: device {device}: " in error and error.count("\n") == 1
 
 
 def test_missing_packages_are_named(monkeypatch, capsys):

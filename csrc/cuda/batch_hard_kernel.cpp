@@ -4,6 +4,7 @@
 #include <ATen/Functions.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <optional>
 #include <string>
@@ -24,6 +25,7 @@ using OptionalTensor = std::optional<at::Tensor>;
 // Up to so many differences (anchors x references x columns) they are all searched, in two launches: on a large GPU they take some
 // 20 us then, as long as the ten launches more of packing, sorting and centring. An estimate; benchmarks/gpu.py measures it.
 constexpr int64_t kMostDirectDifferences = int64_t(1) << 28;
+constexpr int64_t kFewestDirectRows = 1024;
 // Up to this many anchors each row looks for those who chose it itself; beyond, choices are sorted.
 constexpr int64_t kMostSearchedChoices = 4096;
 
@@ -38,7 +40,9 @@ Mining mining_for(const at::Tensor& anchors, const at::Tensor& references) {
                     "DEEPSIM_CUDA_MINING must be direct, mma or wgmma, got ", wanted);
   TORCH_CHECK_VALUE(wanted != "wgmma" || can_use_wgmma(),
                     "DEEPSIM_CUDA_MINING is wgmma, which needs a GPU of compute capability 9.0 and a build for 9.0a");
-  const bool small = anchors.size(0) * anchors.size(1) <= kMostDirectDifferences / references.size(0);
+  // Few anchors take as long as a tile of them.
+  const int64_t rows = std::max(anchors.size(0), kFewestDirectRows);
+  const bool small = rows * anchors.size(1) <= kMostDirectDifferences / references.size(0);
   if (wanted == "direct" || (wanted.empty() && small)) return Mining::direct;
   return wanted == "wgmma" || (wanted.empty() && can_use_wgmma()) ? Mining::wgmma : Mining::mma;
 }

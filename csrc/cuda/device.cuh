@@ -149,9 +149,14 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, int 
 // neither `d` nor `a` may be touched nor `b` overwritten.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int kPending>
-__device__ __forceinline__ void wgmma_wait() {
+template <int kPending, int kFragments>
+__device__ __forceinline__ void wgmma_wait(float (&d)[kFragments][4]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+  // No instruction: tells the compiler that d is not to be read before.
+#pragma unroll
+  for (int n = 0; n < kFragments; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(d[n][e])::"memory");
 }
 
 // Rows of 128 bytes in shared memory, groups of eight 1024 bytes apart and as aligned, the 16-byte pieces of row r at piece ^ (r % 8):

@@ -88,7 +88,7 @@ __device__ __forceinline__ void mine_wgmma(const TileArguments& a, int64_t first
       load(next);
     }
     __syncwarp();
-    ptx::wgmma_wait<0>();
+    ptx::wgmma_wait<0>(products.fragment[0]);
     if (lane == 0) ptx::mbarrier_arrive(&shared.empty[stage]);
     if constexpr (kDeep) sums.add(products);
   }

@@ -85,7 +85,10 @@ def _run(args: argparse.Namespace) -> int:
 
     progress = tqdm(total=len(cases) + 1, disable=None)
     progress.set_description("the machine's peaks")
-    peaks = measure.peaks({(c.device, c.dtype) for c in cases})
+    try:
+        peaks = measure.peaks({(c.device, c.dtype) for c in cases})
+    except RuntimeError as error:
+        raise ValueError(f"one large product and copy: {str(error).splitlines()[0]}") from None
     progress.update()
     records: list[measure.Record] = []
     try:
@@ -93,8 +96,9 @@ def _run(args: argparse.Namespace) -> int:
             progress.set_description(str(case))
             records.append(measure.profile(case, own, margin=args.margin, seconds=args.seconds, peaks=peaks))
             progress.update()
-        if args.trace:
-            measure.trace(cases[0], own, margin=args.margin, path=args.output / "trace.json")
+        ran = [case for case, record in zip(cases, records, strict=True) if "both_ms" in record]
+        if args.trace and ran:
+            measure.trace(ran[0], own, margin=args.margin, path=args.output / "trace.json")
     finally:
         progress.close()
         if records:

@@ -75,10 +75,9 @@ def load(embeddings: Path | None, labels: Path | None) -> Batch | None:
     if embeddings is None or labels is None:
         raise ValueError("--embeddings and --labels go together, got only one of them")
     x, y = _array(embeddings), _array(labels)
-    if x.ndim != 2 or x.shape[1] == 0 or x.dtype.kind != "f":
-        raise ValueError(
-            f"{embeddings}: expected floating point of shape [N, D], got {x.dtype} {list(x.shape)}"
-        )
+    if x.ndim != 2 or x.size == 0 or x.dtype.kind != "f":
+        expected = "floating point of shape [N, D] with N, D >= 1"
+        raise ValueError(f"{embeddings}: expected {expected}, got {x.dtype} {list(x.shape)}")
     if y.shape != x.shape[:1] or y.dtype.kind not in "iu":
         raise ValueError(
             f"{labels}: expected integers of shape [{x.shape[0]}], got {y.dtype} {list(y.shape)}"
@@ -94,11 +93,17 @@ def _array(path: Path) -> np.ndarray:
 
 
 def check_device(name: str) -> None:
-    """ValueError unless torch can allocate there."""
+    """ValueError unless it is a CPU or a CUDA device on which torch can allocate."""
     try:
-        torch.empty(1, device=name)
+        kind = torch.empty(1, device=name).device.type
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"device {name}: {_one_line(error)}") from None
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device {name}: expected cpu or cuda")
+
+
+def is_cuda(device: str) -> bool:
+    return torch.device(device).type == "cuda"
 
 
 def draw(case: Case, own: Batch | None) -> Batch:
@@ -106,15 +111,15 @@ def draw(case: Case, own: Batch | None) -> Batch:
     if own is None:
         x = torch.randn(case.rows, case.dim)
         own = Batch(x, torch.arange(case.rows)[torch.randperm(case.rows)] // case.per_class)
-    x = own.embeddings.to(case.device, getattr(torch, case.dtype))
-    return Batch(x.requires_grad_(case.loss != "mine"), own.labels.to(case.device))
+    x = own.embeddings.detach().to(case.device, getattr(torch, case.dtype))
+    return Batch(x.detach().requires_grad_(case.loss != "mine"), own.labels.to(case.device))
 
 
 # ---- clocks ------------------------------------------------------------------------------------------------
 
 
 def synchronize(device: str) -> None:
-    if torch.device(device).type == "cuda":
+    if is_cuda(device):
         torch.cuda.synchronize(device)
 
 
@@ -144,7 +149,7 @@ def peaks(places: Iterable[tuple[str, str]]) -> Peaks:
 
 
 def _peak_dtype(device: str, dtype: str) -> str:
-    return "float32" if device == "cpu" and dtype != "float64" else dtype
+    return dtype if is_cuda(device) or dtype == "float64" else "float32"
 
 
 # ---- one case ----------------------------------------------------------------------------------------------
@@ -172,12 +177,16 @@ def reason_to_skip(case: Case) -> str:
 
 
 def _available_bytes(device: str) -> float:
-    if torch.device(device).type == "cuda":
+    if is_cuda(device):
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return float("inf")
     return 1024 * int(meminfo.read_text().split("MemAvailable:")[1].split()[0])
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def profile(case: Case, own: Batch | None, *, margin: float, seconds: float, peaks: Peaks) -> Record:
@@ -189,7 +198,7 @@ def profile(case: Case, own: Batch | None, *, margin: float, seconds: float, pea
     try:
         return record | _profile(case, own, margin, seconds, peaks)
     except (RuntimeError, MemoryError) as error:
-        return record | {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+        return record | {"failed": _one_line(error)}
 
 
 def _profile(case: Case, own: Batch | None, margin: float, seconds: float, peaks: Peaks) -> Record:
@@ -198,12 +207,12 @@ def _profile(case: Case, own: Batch | None, margin: float, seconds: float, peaks
     times = _times(forward, batches, case, seconds)
     total = times["both_ms"]["p50"] / 1e3
     itemsize = batches[0].embeddings.element_size()
-    packed = max(4, itemsize) if case.device == "cpu" else itemsize
-    values = case.rows * case.dim
-    traffic = values * (itemsize + 2 * packed + (0 if case.loss == "mine" else 2 * itemsize))
+    packed = itemsize if is_cuda(case.device) else max(4, itemsize)
+    forward_bytes = case.rows * case.dim * (itemsize + 2 * packed)
+    backward_bytes = 0 if case.loss == "mine" else case.rows * case.dim * 2 * itemsize
     flops = case.rows**2 * case.dim
     gflops = flops / times["forward_ms"]["p50"] / 1e6
-    gbs = traffic / total / 1e9
+    gbs = (forward_bytes + backward_bytes) / total / 1e9
     return {
         **times,
         "anchors_per_s": case.rows / total,
@@ -212,7 +221,7 @@ def _profile(case: Case, own: Batch | None, margin: float, seconds: float, peaks
         "share_of_product": gflops / peaks.products[case.device, case.dtype],
         "gb_per_s": gbs,
         "share_of_copy": gbs / peaks.copies[case.device],
-        "flops_per_byte": flops / traffic,
+        "flops_per_byte": flops / forward_bytes,
         "stages_ms": _stages(forward, batches, case),
         "peak_bytes": _peak_bytes(forward, batches[0], case),
         **_statistics(batches[0], case, margin),
@@ -254,28 +263,27 @@ def _step(forward: Callable[[Batch], Any], batch: Batch, case: Case) -> None:
 
 def _profiler(case: Case) -> torch.profiler.profile:
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.device(case.device).type == "cuda":
+    if is_cuda(case.device):
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     return torch.profiler.profile(activities=activities)
 
 
 def _stages(forward: Callable[[Batch], Any], batches: list[Batch], case: Case) -> dict[str, float]:
-    """Milliseconds by stage, on the device, of those stages that the loss has."""
+    """Milliseconds by stage, of those that the loss has: on a GPU from the first kernel to the last."""
     with _profiler(case) as profiler:
         for i in range(PROFILED_RUNS):
             _step(forward, batches[i % len(batches)], case)
         synchronize(case.device)
-    total = {
-        e.key: e.cpu_time_total if case.device == "cpu" else e.device_time_total
-        for e in profiler.key_averages()
-    }
+    device = torch.autograd.DeviceType.CUDA if is_cuda(case.device) else torch.autograd.DeviceType.CPU
+    events = [e for e in profiler.key_averages() if e.device_type == device]
+    total = {e.key: e.device_time_total if is_cuda(case.device) else e.cpu_time_total for e in events}
     found = {s: total.get(f"deepsim_ext::{s}", 0.0) / PROFILED_RUNS / 1e3 for s in STAGES}
     return {stage: milliseconds for stage, milliseconds in found.items() if milliseconds > 0}
 
 
 def _peak_bytes(forward: Callable[[Batch], Any], batch: Batch, case: Case) -> int:
     """Beyond the input; gradient included."""
-    if torch.device(case.device).type == "cuda":
+    if is_cuda(case.device):
         synchronize(case.device)
         torch.cuda.reset_peak_memory_stats(case.device)
         before = torch.cuda.memory_allocated(case.device)
@@ -303,7 +311,7 @@ def _statistics(batch: Batch, case: Case, margin: float) -> Record:
 
 
 def trace(case: Case, own: Batch | None, *, margin: float, path: Path) -> None:
-    """A few steps of one case as a Chrome trace; the stages are ranges in it."""
+    """A few steps of one case, which has run, as a Chrome trace; the stages are ranges in it."""
     forward, batch = forward_of(case, margin), draw(case, own)
     _step(forward, batch, case)
     with _profiler(case) as profiler:

@@ -298,7 +298,7 @@ __global__ void wgmma_kernel(const S* a, const S* b, float* d, bool fresh) {
       if constexpr (kMirrored) ptx::wgmma(S{}, sum, swapped[step], shared.rows + step * 32, true);
     }
     ptx::wgmma_commit();
-    ptx::wgmma_wait<0>();
+    ptx::wgmma_wait<0>(sum);
     for (int n = 0; n < 16; ++n)
       for (int r = 0; r < 4; ++r) d[place(n, r)] = sum[n][r];
   }

@@ -227,8 +227,8 @@ inline void wgmma_commit(int line = __builtin_LINE()) {
   emulator::warpgroup_operation("wgmma_commit", line, nullptr,
                                 [](emulator::Warpgroup& group, void**) { group.products.emplace_back(); });
 }
-template <int kPending>
-void wgmma_wait(int line = __builtin_LINE()) {
+template <int kPending, int kFragments>
+void wgmma_wait(float (&)[kFragments][4], int line = __builtin_LINE()) {
   emulator::warpgroup_operation("wgmma_wait", line, nullptr, [](emulator::Warpgroup& group, void**) {
     while (int(group.products.size()) - 1 > kPending) {
       for (const emulator::Product& p : group.products.front()) p.execute(p);
