@@ -20,7 +20,7 @@ from .environment import environment
 from .timing import Record, add_rates, measure
 
 BASELINE = Path(__file__).parent / "results" / "cpu.json"
-SAME = ("cpu", "threads", "cpu_kernels", "omp_proc_bind")  # what makes ratios comparable
+SAME = ("cpu", "threads", "torch", "cpu_kernels", "omp_proc_bind")  # what makes ratios comparable
 LOSS, ATTEMPTS, SECONDS = 0.15, 3, 1.0
 
 

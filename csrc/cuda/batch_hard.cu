@@ -87,12 +87,18 @@ void mine_packed(const Batch& batch, const TileMining& mining, void* stream) {
       launch(kernel, std::min(tiles - first, kMostBlocks), kTileThreads, shared_bytes, stream, a, first);
     }
   };
-  if constexpr (Operand::kSplit) {
-    if (batch.anchors.depth > kShallow) {
-      return mining.by_wgmma ? run(mine_wgmma_kernel<Operand, true>, sizeof(WgmmaShared)) : run(mine_mma_kernel<Operand, true>, sizeof(MmaShared));
+  const auto run_kind = [&](auto deep) {
+    constexpr bool kDeep = decltype(deep)::value;
+    if (mining.by_wgmma) {
+      run(mine_wgmma_kernel<Operand, kDeep>, sizeof(WgmmaShared));
+    } else {
+      run(mine_mma_kernel<Operand, kDeep>, sizeof(MmaShared));
     }
+  };
+  if constexpr (Operand::kSplit) {
+    if (batch.anchors.depth > kShallow) return run_kind(std::true_type{});
   }
-  mining.by_wgmma ? run(mine_wgmma_kernel<Operand, false>, sizeof(WgmmaShared)) : run(mine_mma_kernel<Operand, false>, sizeof(MmaShared));
+  run_kind(std::false_type{});
 }
 
 }  // namespace

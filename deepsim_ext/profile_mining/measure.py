@@ -111,7 +111,7 @@ def draw(case: Case, own: Batch | None) -> Batch:
     if own is None:
         x = torch.randn(case.rows, case.dim)
         own = Batch(x, torch.arange(case.rows)[torch.randperm(case.rows)] // case.per_class)
-    x = own.embeddings.detach().to(case.device, getattr(torch, case.dtype))
+    x = own.embeddings.to(case.device, getattr(torch, case.dtype))
     return Batch(x.detach().requires_grad_(case.loss != "mine"), own.labels.to(case.device))
 
 
