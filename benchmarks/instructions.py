@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULT = Path(__file__).parent / "results" / "instructions.json"
@@ -28,11 +29,12 @@ def count(program: Path, what: str) -> int:
     return int(re.search(r"Collected : (\d+)", process.stderr)[1])
 
 
-def main() -> int:
-    missing = [tool for tool in ("g++", "valgrind") if shutil.which(tool) is None]
-    if missing:
-        print(f"instructions: {', '.join(missing)} not found")
-        return 2
+def missing_tools() -> list[str]:
+    return [tool for tool in ("g++", "valgrind") if shutil.which(tool) is None]
+
+
+def measure() -> dict[str, Any]:
+    """The compiler, and by kernel its instructions in all and for each multiplication."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "instructions")
         sources = ["benchmarks/instructions.cpp", "csrc/cpu/avx2.cpp"]
@@ -47,6 +49,16 @@ def main() -> int:
     for what, instructions in counts.items():
         per = instructions / MULTIPLICATIONS[what]
         found[what] = {"instructions": instructions, "per_multiplication": round(per, 4)}
+    return found
+
+
+def main() -> int:
+    if missing := missing_tools():
+        print(f"instructions: {', '.join(missing)} not found")
+        return 2
+    found = measure()
+    for what in MULTIPLICATIONS:
+        instructions, per = found[what].values()
         print(f"{what}: {instructions} instructions, {per:.4f} for each multiplication (one FMA has eight)")
     RESULT.write_text(json.dumps(found, indent=1) + "\n")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 from functools import partial
@@ -302,6 +303,14 @@ def test_scaling_knows_the_contenders():
                 assert timing.run_once(contender, draw())["both"] > 0
 
 
+def test_the_record_holds_the_bars_that_the_code_has():
+    record = json.loads(check.BASELINE.read_text())
+    for bench in run.BENCHES.values():
+        bars = bench.bars([r for r in record["records"] if r["op"] == bench.NAME])
+        kept = [b for b in record["bars"] if b["text"] in {bar.text for bar in bars}]
+        assert kept == [dataclasses.asdict(bar) | {"status": bar.status} for bar in bars]
+
+
 def test_the_counted_program_fits_the_kernels():
     command = ["g++", "-std=c++17", "-fsyntax-only", "-I.", "benchmarks/instructions.cpp"]
     subprocess.run(command, cwd=memory.ROOT, check=True)
@@ -310,3 +319,12 @@ def test_the_counted_program_fits_the_kernels():
         per = recorded[what]["instructions"] / multiplications
         assert recorded[what]["per_multiplication"] == round(per, 4)
         assert 1 / 8 < per < 1  # an AVX2 instruction makes at most eight
+
+
+@pytest.mark.skipif(bool(instructions.missing_tools()), reason="needs g++ and valgrind")
+def test_the_kernels_execute_as_many_instructions_as_recorded():
+    recorded, counted = json.loads(instructions.RESULT.read_text()), instructions.measure()
+    if counted["compiler"] != recorded["compiler"]:
+        pytest.skip("counts hold for one compiler")
+    for what in instructions.MULTIPLICATIONS:
+        assert counted[what]["instructions"] == pytest.approx(recorded[what]["instructions"], rel=0.02)

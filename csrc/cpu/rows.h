@@ -15,7 +15,7 @@ namespace deepsim::cpu {
 inline Rows rows_of(const at::Tensor& x) { return {x.const_data_ptr(), x.size(0), x.size(1), x.stride(0)}; }
 
 // Rows of `depth` elements that are worth waking a thread for.
-inline int64_t row_grain(int64_t depth) { return std::max<int64_t>(1, 16384 / depth); }
+inline int64_t row_grain(int64_t depth) { return std::max<int64_t>(1, 32768 / depth); }
 
 template <class T>
 std::vector<double> inverse_norms(const Kernels<T>& kernels, const Rows& x) {
