@@ -23,8 +23,6 @@ Reduction reduction_from(const char* function, std::string_view name) {
   TORCH_CHECK_VALUE(false, function, ": reduction must be one of 'mean', 'mean_nonzero', 'sum', 'none', got '", name, "'");
 }
 
-namespace {
-
 // Rows are numbered in int32, and the gradient keeps two uses of each.
 constexpr int64_t kMostRows = int64_t(1) << 30;
 
@@ -33,6 +31,8 @@ void check_rows(const char* function, const char* argument, const at::Tensor& x)
   TORCH_CHECK_VALUE(x.size(1) >= 1, function, ": ", argument, " must have at least one column, got shape ", x.sizes());
   TORCH_CHECK_VALUE(x.size(0) < kMostRows, function, ": ", argument, " must have fewer than 2^30 rows, got ", x.size(0));
 }
+
+namespace {
 
 void check_set(const char* function, const char* embeddings_name, const char* labels_name, const at::Tensor& embeddings,
                const at::Tensor& labels) {

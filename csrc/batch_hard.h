@@ -15,6 +15,9 @@ namespace deepsim {
 Distance distance_from(const char* function, std::string_view name);
 Reduction reduction_from(const char* function, std::string_view name);
 
+// Throws unless x is a matrix of embeddings, one a row.
+void check_rows(const char* function, const char* argument, const at::Tensor& x);
+
 // Throw unless embeddings [N, D] and labels [N], and the reference set likewise if there is one, fit together. These guard
 // memory: the Python wrappers check the same with friendlier words, but torch.ops can be called by anyone.
 void check_batch(const char* function, const at::Tensor& embeddings, const at::Tensor& labels,

@@ -16,12 +16,14 @@ except ImportError as error:
 
 from . import functional, nn, reference
 from .functional import *  # noqa: F403
-from .results import BatchHardResult
+from .results import ContrastiveResult, NearestNeighbors, TripletLossResult
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "BatchHardResult",
+    "ContrastiveResult",
+    "NearestNeighbors",
+    "TripletLossResult",
     "__version__",
     "build_info",
     "functional",

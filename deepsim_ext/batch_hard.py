@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _checks, reference
 from ._autograd import differentiable, register_vmap_by_loop
-from .results import BatchHardResult
+from .results import TripletLossResult
 
 _ops = torch.ops.deepsim_ext
 
@@ -63,7 +63,7 @@ def batch_hard_triplet_loss(
     distance: str = "euclidean",
     reduction: str = "mean",
     return_stats: bool = False,
-) -> Tensor | BatchHardResult:
+) -> Tensor | TripletLossResult:
     """Triplet loss of every anchor with its hardest positive and hardest negative, without an N x N matrix.
 
     `relu(d_ap - d_an + margin)`, or `softplus(d_ap - d_an)` when `soft`. An anchor without a positive or
@@ -81,7 +81,7 @@ def batch_hard_triplet_loss(
         soft: the soft margin.
         reduction: "mean" over valid anchors, "mean_nonzero" over anchors whose loss is > 0, "sum", or "none"
             for [N] with 0 at anchors that are not valid. The mean of nothing is 0.
-        return_stats: return a `BatchHardResult`, whose statistics are detached and stay on the device.
+        return_stats: return a `TripletLossResult`, whose statistics are detached and stay on the device.
 
     Returns:
         Scalar, or [N] for "none"; float32, or float64 for float64 input. Half inputs are computed in float32,
@@ -109,10 +109,13 @@ def batch_hard_triplet_loss(
     count = valid_anchors.clamp(min=1).to(d_ap.dtype)
     gap = d_ap - d_an
     active = valid & ((torch.nn.functional.softplus(gap, threshold=40) if soft else gap + margin) > 0)
-    return BatchHardResult(
+    active_triplets = active.sum()
+    return TripletLossResult(
         loss=loss,
         valid_anchors=valid_anchors,
-        active_fraction=active.sum() / count,
+        triplets=valid_anchors,
+        active_triplets=active_triplets,
+        active_fraction=active_triplets / count,
         mean_d_ap=d_ap.sum() / count,
         mean_d_an=d_an.sum() / count,
     )

@@ -269,9 +269,10 @@ def test_gradient_flows_to_both_sets_and_only_where_asked():
 def test_statistics_are_detached_and_right():
     x = torch.tensor([[0.0], [1.0], [3.0], [10.0]], requires_grad=True)
     result = batch_hard_triplet_loss(x, torch.tensor([0, 0, 1, 2]), margin=1.5, return_stats=True)
-    assert isinstance(result, deepsim_ext.BatchHardResult)
+    assert isinstance(result, deepsim_ext.TripletLossResult)
     # Anchor 0: positive 1 away, negative 3. Anchor 1: 1 and 2. Rows 2 and 3 have no positive.
-    assert result.valid_anchors.item() == 2
+    assert result.valid_anchors.item() == result.triplets.item() == 2
+    assert result.active_triplets.item() == 1
     assert result.active_fraction.item() == 0.5
     assert result.mean_d_ap.item() == 1.0
     assert result.mean_d_an.item() == 2.5
@@ -284,7 +285,7 @@ def test_soft_losses_that_vanish_are_not_active():
     for f in (batch_hard_triplet_loss, reference.batch_hard_triplet_loss):
         result = f(x, torch.tensor([0, 0, 1, 1]), soft=True, return_stats=True)
         assert result.loss.item() == 0
-        assert result.active_fraction.item() == 0
+        assert result.active_triplets.item() == result.active_fraction.item() == 0
 
 
 def test_softplus_neither_overflows_nor_vanishes():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from deepsim_ext import functional, reference
+from deepsim_ext import _checks, functional, reference
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 FLOATS = "float32, float64, bfloat16 or float16"
@@ -50,7 +50,7 @@ X, Y = z(4, 3), ints(4)
 F, T = z(2, 3, 5), z(3, 3)
 
 
-def tensors_of_batch_hard(function: str) -> list[Case]:
+def labelled_batches(function: str) -> list[Case]:
     def wrong(args: tuple, kind: type[Exception], message: str) -> Case:
         return Case(function, args, {}, kind, message)
 
@@ -143,12 +143,12 @@ def names(function: str, args: tuple, name: str, choices: str) -> list[Case]:
     )
 
 
-def margins(function: str, args: tuple) -> list[Case]:
+def margins(function: str, args: tuple, name: str = "margin") -> list[Case]:
     expected = "a finite number >= 0"
     return options(
         function,
         args,
-        "margin",
+        name,
         (-0.1, ValueError, expected, "float -0.1"),
         (-1, ValueError, expected, "int -1"),
         (math.nan, ValueError, expected, "float nan"),
@@ -311,16 +311,104 @@ def contrastive_tensors() -> list[Case]:
     ]  # fmt: skip
 
 
+def given_triplets() -> list[Case]:
+    def wrong(args: tuple, kind: type[Exception], message: str) -> Case:
+        return Case("triplet_margin_loss", args, {}, kind, message)
+
+    rows = f"{FLOATS} of shape [T, D] with D >= 1"
+    return [
+        wrong((z(3), X, X), ValueError, f"anchor must be {rows}, got float32 [3]"),
+        wrong((z(4, 0), X, X), ValueError, f"anchor must be {rows}, got float32 [4, 0]"),
+        wrong((Y, X, X), TypeError, f"anchor must be {rows}, got int64 [4]"),
+        wrong((X, None, X), TypeError, f"positive must be {rows}, got None"),
+        wrong((X, X, sparse(4, 3)), TypeError, f"negative must be {rows}, got sparse_coo float32 [4, 3]"),
+        wrong((X, X, z(4)), ValueError, f"negative must be {rows}, got float32 [4]"),
+        wrong((X, z(3, 3), X), ValueError,
+              "positive must be of the shape of anchor [4, 3], got float32 [3, 3]"),
+        wrong((X, X, z(4, 2)), ValueError,
+              "negative must be of the shape of anchor [4, 3], got float32 [4, 2]"),
+        wrong((X, X.double(), X), TypeError,
+              "positive must be float32 to match float32 anchor, got float64 [4, 3]"),
+        wrong((X, X, X.half()), TypeError,
+              "negative must be float32 to match float32 anchor, got float16 [4, 3]"),
+        wrong((X, X.to("meta"), X), ValueError,
+              "positive must be on cpu, where anchor is, got float32 [4, 3] on meta"),
+        wrong((X, X, X.to("meta")), ValueError,
+              "negative must be on cpu, where anchor is, got float32 [4, 3] on meta"),
+    ]  # fmt: skip
+
+
+def neighbors() -> list[Case]:
+    def wrong(args: tuple, kind: type[Exception], message: str) -> Case:
+        return Case("nearest_neighbors", args, {}, kind, message)
+
+    queries = f"queries must be {FLOATS} of shape [Q, D] with D >= 1, got "
+    gallery = f"gallery must be {FLOATS} of shape [G, D] with D >= 1, got "
+    k, other, many = "k must be an integer from 1 to 1024 and at most ", z(5, 3), z(1100, 1)
+    return [
+        wrong((None, X, 1), TypeError, queries + "None"),
+        wrong((Y, X, 1), TypeError, queries + "int64 [4]"),
+        wrong((z(4), X, 1), ValueError, queries + "float32 [4]"),
+        wrong((z(4, 0), None, 1), ValueError, queries + "float32 [4, 0]"),
+        wrong((X, [X], 1), TypeError, gallery + "list"),
+        wrong((X, z(3), 1), ValueError, gallery + "float32 [3]"),
+        wrong((X, z(5, 2), 1), ValueError, "gallery must be of shape [G, D]=[G, 3], got float32 [5, 2]"),
+        wrong((X, other.double(), 1), TypeError,
+              "gallery must be float32 to match float32 queries, got float64 [5, 3]"),
+        wrong((X, other.to("meta"), 1), ValueError,
+              "gallery must be on cpu, where queries is, got float32 [5, 3] on meta"),
+        wrong((X, other, 0), ValueError, k + "G=5, got int 0"),
+        wrong((X, other, -1), ValueError, k + "G=5, got int -1"),
+        wrong((X, other, 6), ValueError, k + "G=5, got int 6"),
+        wrong((X, z(0, 3), 1), ValueError, k + "G=0, got int 1"),
+        wrong((many, many + 1, 1025), ValueError, k + "G=1100, got int 1025"),
+        wrong((X, X, 4), ValueError, k + "Q-1=3, got int 4"),
+        wrong((X, None, 4), ValueError, k + "Q-1=3, got int 4"),
+        wrong((z(0, 3), None, 1), ValueError, k + "Q-1=-1, got int 1"),
+        wrong((X, other, 2.0), TypeError, k + "G=5, got float 2.0"),
+        wrong((X, other, True), TypeError, k + "G=5, got bool True"),
+        wrong((X, other, "2"), TypeError, k + 'G=5, got "2"'),
+        wrong((X, other, None), TypeError, k + "G=5, got None"),
+        wrong((X, other, torch.tensor(2)), TypeError, k + "G=5, got int64 []"),
+    ]  # fmt: skip
+
+
 HARD, MINE = "batch_hard_triplet_loss", "batch_hard_mine"
+ALL, SEMI, PAIRS = "batch_all_triplet_loss", "batch_semi_hard_triplet_loss", "batch_contrastive_loss"
+BATCH = (ALL, SEMI, PAIRS)
+TRIPLETS, NEIGHBORS = "triplet_margin_loss", "nearest_neighbors"
 CASES = [
-    *tensors_of_batch_hard(HARD),
-    *tensors_of_batch_hard(MINE),
+    *(case for function in (HARD, MINE, *BATCH) for case in labelled_batches(function)),
     *names(HARD, (X, Y), "distance", DISTANCES),
     *names(MINE, (X, Y), "distance", DISTANCES),
     *names(HARD, (X, Y), "reduction", '"mean", "mean_nonzero", "sum", "none"'),
     *margins(HARD, (X, Y)),
     *flags(HARD, (X, Y), "soft"),
     *flags(HARD, (X, Y), "return_stats"),
+    *(case for function in BATCH for case in names(function, (X, Y), "distance", DISTANCES)),
+    *(
+        case
+        for function in BATCH
+        for case in names(function, (X, Y), "reduction", '"mean", "mean_nonzero", "sum"')
+    ),
+    *(case for function in BATCH for case in flags(function, (X, Y), "return_stats")),
+    *margins(ALL, (X, Y)),
+    *margins(SEMI, (X, Y)),
+    *flags(SEMI, (X, Y), "soft"),
+    *names(SEMI, (X, Y), "definition", '"facenet", "tfa", "pml"'),
+    Case(SEMI, (X, Y), {"soft": True, "definition": "pml"}, ValueError,
+         'soft must be False with definition="pml", got True'),
+    *margins(PAIRS, (X, Y), "pos_margin"),
+    *margins(PAIRS, (X, Y), "neg_margin"),
+    *flags(PAIRS, (X, Y), "squared"),
+    *given_triplets(),
+    *margins(TRIPLETS, (X, X, X)),
+    *flags(TRIPLETS, (X, X, X), "swap"),
+    *flags(TRIPLETS, (X, X, X), "soft"),
+    *names(TRIPLETS, (X, X, X), "distance", DISTANCES),
+    *names(TRIPLETS, (X, X, X), "reduction", '"mean", "mean_nonzero", "sum", "none"'),
+    *neighbors(),
+    *names(NEIGHBORS, (X, X + 1, 2), "distance", DISTANCES),
     *contrastive_tensors(),
     *margins("contrastive_loss", (X, X, Y)),
     *names("contrastive_loss", (X, X, Y), "reduction", '"mean", "sum", "none"'),
@@ -337,7 +425,7 @@ CASES = [
     *layer_weights("content_loss", (X, X), ([X, X], [X, X])),
     *names("content_loss", (X, X), "reduction", '"mean", "sum", "gatys"'),
     *content_tensors(),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("module", [reference, functional], ids=["reference", "functional"])
@@ -352,6 +440,7 @@ def test_error(case: Case, module: ModuleType) -> None:
 def test_numbers_of_other_libraries_are_numbers() -> None:
     loss = reference.contrastive_loss(X, X, Y, margin=np.float32(2), reduction="sum")
     assert loss.item() == 4 * (1 - 0) + (1 - 2) * 4 + (1 - 3) * 4
+    assert reference.nearest_neighbors(X, None, np.int64(2)).indices.shape == (4, 2)
 
 
 def test_a_mix_of_dtypes_is_an_error_outside_autocast_only() -> None:
@@ -362,6 +451,12 @@ def test_a_mix_of_dtypes_is_an_error_outside_autocast_only() -> None:
         assert reference.batch_hard_triplet_loss(X, Y, z(5, 3, dtype=F64), ints(5)).dtype == F64
         halves = reference.contrastive_loss(X.half(), X.bfloat16(), Y, reduction="none")
         assert halves.dtype == F32
+        options = {"margin": 1, "swap": False, "soft": False, "distance": "cosine", "reduction": "sum"}
+        for mix in ((BF16, F32, F64), (F64, BF16, F32), (BF16, F64, F32)):
+            rows = [X.to(dtype) for dtype in mix]
+            assert {x.dtype for x in _checks.triplet_margin("loss", *rows, **options)[:3]} == {F64}
+            assert reference.triplet_margin_loss(*rows).dtype == F64
+        assert reference.nearest_neighbors(X, z(5, 3, dtype=F64), 1).distances.dtype == F64
 
 
 @pytest.mark.parametrize("module", [reference, functional], ids=["reference", "functional"])
@@ -375,6 +470,11 @@ def test_half_features_take_targets_in_half_or_in_the_dtype_of_their_gram_matrix
 
 LOSSES = {
     "batch_hard": lambda module, x, y, f, m: module.batch_hard_triplet_loss(x, y, x + 1, y, margin=m),
+    "batch_all": lambda module, x, y, f, m: module.batch_all_triplet_loss(x, y, x + 1, y, margin=m),
+    "semi_hard": lambda module, x, y, f, m: module.batch_semi_hard_triplet_loss(x, y, margin=m),
+    "batch_contrastive": lambda module, x, y, f, m: module.batch_contrastive_loss(x, y, neg_margin=m),
+    "triplet_margin": lambda module, x, y, f, m: module.triplet_margin_loss(x, x + 1, x, margin=m, swap=True),
+    "neighbors": lambda module, x, y, f, m: module.nearest_neighbors(x, None, 3).distances,
     "contrastive": lambda module, x, y, f, m: module.contrastive_loss(x, x + 1, y, margin=m),
     "style": lambda module, x, y, f, m: module.style_loss([f, f], [T, T], weights=[m, 1], reduction="gatys"),
     "content": lambda module, x, y, f, m: module.content_loss([f, f], [f, f], weights=[m, 1]),

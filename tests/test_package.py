@@ -122,6 +122,10 @@ def test_cuda_kernels_are_registered_where_they_are_built():
 
 FUNCTIONS = sorted(functional.__all__)
 MODULES = {
+    "BatchAllTripletLoss": "batch_all_triplet_loss",
+    "BatchContrastiveLoss": "batch_contrastive_loss",
+    "BatchSemiHardTripletLoss": "batch_semi_hard_triplet_loss",
+    "TripletMarginLoss": "triplet_margin_loss",
     "BatchHardTripletLoss": "batch_hard_triplet_loss",
     "ContentLoss": "content_loss",
     "ContrastiveLoss": "contrastive_loss",
@@ -179,7 +183,10 @@ def test_every_function_documents_arguments_result_errors_and_source(name):
     assert inspect.getdoc(getattr(reference, name))
 
 
-@pytest.mark.parametrize("name", [*MODULES, "BatchHardResult", "build_info"])
+RESULTS = ["ContrastiveResult", "NearestNeighbors", "TripletLossResult"]
+
+
+@pytest.mark.parametrize("name", [*MODULES, *RESULTS, "build_info"])
 def test_every_other_public_name_has_a_docstring(name):
     assert inspect.getdoc(getattr(nn, name, None) or getattr(deepsim_ext, name))
 

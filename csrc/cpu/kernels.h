@@ -73,6 +73,109 @@ struct TripletGradient {
   Distance distance;
 };
 
+// Lists of positives up to this length are compared one by one with every negative, longer ones searched.
+inline constexpr int64_t kScannedPositives = 48;
+
+// For every packed row its positives by distance, the farthest first. The lists of a panel's rows stand interleaved,
+// [width][panel_rows], as wide as the longest of them; shorter ones are filled up with -inf.
+template <class T>
+struct SortedPositives {
+  const int64_t* begin;  // [panels + 1], where a panel's lists begin
+  const T* distance;
+  // Negatives with which the positive has a loss > 0. Where the panel's lists are wider than kScannedPositives: to be added up from
+  // the end of the list.
+  T* active;
+  const T* count;  // by packed row, positives; 0 for filling
+};
+
+// One rectangle of the batch-all triplet loss. `columns` are read in the self form only. The gradients, packed like the rows, are
+// added to, for the sum of the losses; null where none is wanted.
+template <class T>
+struct BatchAllBlock {
+  TileBlock<T> tiles;
+  SortedPositives<T> rows, columns;
+  T margin;
+  bool semi_hard;  // only triplets with d_ap < d_an <= d_ap + margin
+  Distance distance;
+  T *row_gradient, *column_gradient;
+};
+
+struct BatchAllSums {
+  int64_t triplets = 0, active = 0;  // looked at, and with a loss > 0
+  double d_an = 0, active_d_an = 0;  // sums of d_an over these
+};
+
+// For every positive the nearest negative that is farther (the largest number of T, and INT32_MAX, where there is none), and for every
+// packed row the farthest negative (-1, INT32_MAX). Where the panel's lists are wider than kScannedPositives an entry may also stand
+// for all that follow it.
+template <class T>
+struct SemiHardLists {
+  const int64_t* begin;  // [panels + 1], as in SortedPositives
+  const T* positive;
+  T* nearest;
+  int32_t* nearest_index;
+  T* farthest;
+  int32_t* farthest_index;
+};
+
+// One rectangle of semi-hard mining. `columns` are used in the self form only.
+template <class T>
+struct SemiHardBlock {
+  TileBlock<T> tiles;
+  SemiHardLists<T> rows, columns;
+  Distance distance;
+};
+
+// Each packed row's candidates for its k nearest neighbours.
+template <class T>
+struct NeighborLists {
+  T* value;        // [rows, filling included][capacity], |a - b|^2 / 2
+  int32_t* index;  // [rows][capacity], original
+  int32_t* count;  // [rows]
+  T* limit;        // [rows], value of the k-th nearest known; the largest number while there are fewer
+  int64_t k, capacity;
+  // Keeps the k nearest of one row's candidates, the lower index on ties, and lowers its limit.
+  void (*keep_nearest)(T* value, int32_t* index, int32_t* count, T* limit, int64_t k);
+};
+
+// One rectangle of the search for neighbours; who shares a label is left out. `columns` are used in the self form only.
+template <class T>
+struct NeighborBlock {
+  TileBlock<T> tiles;
+  NeighborLists<T> rows, columns;
+};
+
+// One rectangle of the contrastive loss: its negatives. Gradients as above.
+template <class T>
+struct ContrastiveBlock {
+  TileBlock<T> tiles;
+  T margin;
+  bool squared;
+  Distance distance;
+  T *row_gradient, *column_gradient;
+};
+
+// Over ordered pairs of different labels.
+struct ContrastiveSums {
+  int64_t active = 0;  // with a loss > 0
+  double loss = 0, distance = 0;
+};
+
+// Gradient rows: factor * what tiles gathered + for each row p, over its pairs [begin[p], begin[p + 1]), weight * derivative of the
+// distance to row `other`.
+template <class T>
+struct PairGradient {
+  Rows rows, others;
+  const double *row_scale, *other_scale;  // 1 / |row| by row, only for cosine
+  const int32_t* original;                // packed position -> row
+  const T* gathered;                      // packed; null for none
+  T gathered_factor;
+  const int64_t* begin;  // by packed position
+  const int32_t* other;  // row of `others`
+  const T *pair_distance, *weight;
+  Distance distance;
+};
+
 // A slice of one sample's features: C channels, spatial positions [begin, end).
 struct FeatureSlice {
   const void* data;
@@ -106,6 +209,18 @@ struct Kernels {
   void (*anchor_gradient)(const TripletGradient<T>& g, int64_t begin, int64_t end, T* row, void* grad);     // own triplets
   void (*reference_gradient)(const TripletGradient<T>& g, int64_t begin, int64_t end, T* row, void* grad);  // chosen by others
   void (*self_gradient)(const TripletGradient<T>& g, int64_t begin, int64_t end, T* row, void* grad);       // both
+  // Distances of every row's positives, in the order of the columns, itself left out, for the tiles' rows: lists as SortedPositives has
+  // them, unsorted and without the filling.
+  void (*positive_distances)(const TileBlock<T>& tiles, Distance distance, const int64_t* list_begin, T* lists);
+  void (*batch_all)(const BatchAllBlock<T>& block, BatchAllSums& sums);
+  void (*semi_hard)(const SemiHardBlock<T>& block);
+  void (*nearest_neighbors)(const NeighborBlock<T>& block);
+  void (*contrastive_negatives)(const ContrastiveBlock<T>& block, ContrastiveSums& sums);
+  // distances[k] between rows[row[k]] and others[other[k]] by direct differences, k in [begin, end).
+  void (*pair_distances)(const Rows& rows, const Rows& others, const int32_t* row, const int32_t* other, Distance distance,
+                         int64_t begin, int64_t end, T* distances);
+  // Rows of the packed positions [begin, end), each at its place in `grad`, [rows][depth].
+  void (*pair_gradient)(const PairGradient<T>& g, int64_t begin, int64_t end, T* grad);
   // Upper-triangle tiles of F F^T over the slice: tiles[(I, J), I <= J][panel_rows][panel_rows]. `packed` is scratch of
   // gram_scratch(channels) elements.
   int64_t (*gram_scratch)(int64_t channels);

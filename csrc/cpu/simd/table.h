@@ -1,8 +1,13 @@
 // The kernels of one instruction set, gathered in the table that capability.cpp picks from.
 #pragma once
 
+#include "batch_all.h"
+#include "batch_contrastive.h"
 #include "gram.h"
 #include "mine.h"
+#include "nearest_neighbors.h"
+#include "pair_gradient.h"
+#include "semi_hard.h"
 #include "triplets.h"
 
 namespace deepsim::cpu::DEEPSIM_CAPABILITY {
@@ -19,6 +24,13 @@ constexpr Kernels<typename ComputeOf<S>::type> kernels_for() {
           triplet_gradient<S, true, false>,
           triplet_gradient<S, false, true>,
           triplet_gradient<S, true, true>,
+          positive_distances<T>,
+          batch_all<T>,
+          semi_hard<T>,
+          nearest_neighbors<T>,
+          contrastive_negatives<T>,
+          pair_distances<S>,
+          pair_gradient<S>,
           gram_scratch<T>,
           gram<S>,
           gram_gradient<S>};

@@ -1,6 +1,7 @@
 // The walk over the tiles of one rectangle of panels: what every loss of all pairs has in common. A loss is what it does with a tile.
 #pragma once
 
+#include "../kernels.h"
 #include "tile_product.h"
 
 namespace deepsim::cpu::DEEPSIM_CAPABILITY {

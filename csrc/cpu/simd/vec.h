@@ -43,7 +43,8 @@ DEEPSIM_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // not `Vec<T>{} + x`, which would turn -0 into +0
 }
 
-// Bit l of the result says whether a[l] <= b[l] (or ==); false where either is NaN.
+// bits_le, bits_lt: bit l of the result says whether a[l] <= b[l] (a[l] < b[l]); false where either is NaN.
+// count_lt: adds 1 to the lanes of `count` for which that is so, and returns the bits.
 #if DEEPSIM_VECTOR_BYTES == 64
 DEEPSIM_INLINE uint32_t bits_le(Vec<float> a, Vec<float> b) {
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LE_OQ);
@@ -51,6 +52,24 @@ DEEPSIM_INLINE uint32_t bits_le(Vec<float> a, Vec<float> b) {
 DEEPSIM_INLINE uint32_t bits_le(Vec<double> a, Vec<double> b) {
   return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_LE_OQ);
 }
+DEEPSIM_INLINE uint32_t bits_lt(Vec<float> a, Vec<float> b) {
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ);
+}
+DEEPSIM_INLINE uint32_t bits_lt(Vec<double> a, Vec<double> b) {
+  return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_LT_OQ);
+}
+DEEPSIM_INLINE uint32_t count_lt(Vec<float>& count, Vec<float> a, Vec<float> b) {
+  const __mmask16 less = _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ);
+  count = (Vec<float>)_mm512_mask_add_ps((__m512)count, less, (__m512)count, _mm512_set1_ps(1));
+  return less;
+}
+DEEPSIM_INLINE uint32_t count_lt(Vec<double>& count, Vec<double> a, Vec<double> b) {
+  const __mmask8 less = _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_LT_OQ);
+  count = (Vec<double>)_mm512_mask_add_pd((__m512d)count, less, (__m512d)count, _mm512_set1_pd(1));
+  return less;
+}
+DEEPSIM_INLINE Vec<float> square_root(Vec<float> a) { return (Vec<float>)_mm512_sqrt_ps((__m512)a); }
+DEEPSIM_INLINE Vec<double> square_root(Vec<double> a) { return (Vec<double>)_mm512_sqrt_pd((__m512d)a); }
 #elif DEEPSIM_VECTOR_BYTES == 32
 DEEPSIM_INLINE uint32_t bits_le(Vec<float> a, Vec<float> b) {
   return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_LE_OQ)));
@@ -58,12 +77,46 @@ DEEPSIM_INLINE uint32_t bits_le(Vec<float> a, Vec<float> b) {
 DEEPSIM_INLINE uint32_t bits_le(Vec<double> a, Vec<double> b) {
   return uint32_t(_mm256_movemask_pd(_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_LE_OQ)));
 }
+DEEPSIM_INLINE uint32_t bits_lt(Vec<float> a, Vec<float> b) {
+  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_LT_OQ)));
+}
+DEEPSIM_INLINE uint32_t bits_lt(Vec<double> a, Vec<double> b) {
+  return uint32_t(_mm256_movemask_pd(_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_LT_OQ)));
+}
+DEEPSIM_INLINE uint32_t count_lt(Vec<float>& count, Vec<float> a, Vec<float> b) {
+  const __m256 less = _mm256_cmp_ps((__m256)a, (__m256)b, _CMP_LT_OQ);
+  count += (Vec<float>)_mm256_and_ps(less, _mm256_set1_ps(1));
+  return uint32_t(_mm256_movemask_ps(less));
+}
+DEEPSIM_INLINE uint32_t count_lt(Vec<double>& count, Vec<double> a, Vec<double> b) {
+  const __m256d less = _mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_LT_OQ);
+  count += (Vec<double>)_mm256_and_pd(less, _mm256_set1_pd(1));
+  return uint32_t(_mm256_movemask_pd(less));
+}
+DEEPSIM_INLINE Vec<float> square_root(Vec<float> a) { return (Vec<float>)_mm256_sqrt_ps((__m256)a); }
+DEEPSIM_INLINE Vec<double> square_root(Vec<double> a) { return (Vec<double>)_mm256_sqrt_pd((__m256d)a); }
 #else
 template <class V>
 DEEPSIM_INLINE uint32_t bits_le(V a, V b) {
   uint32_t bits = 0;
   for (size_t l = 0; l < sizeof(V) / sizeof(a[0]); ++l) bits |= uint32_t(a[l] <= b[l]) << l;
   return bits;
+}
+template <class V>
+DEEPSIM_INLINE uint32_t bits_lt(V a, V b) {
+  uint32_t bits = 0;
+  for (size_t l = 0; l < sizeof(V) / sizeof(a[0]); ++l) bits |= uint32_t(a[l] < b[l]) << l;
+  return bits;
+}
+template <class V>
+DEEPSIM_INLINE uint32_t count_lt(V& count, V a, V b) {
+  for (size_t l = 0; l < sizeof(V) / sizeof(a[0]); ++l) count[l] += a[l] < b[l];
+  return bits_lt(a, b);
+}
+template <class V>
+DEEPSIM_INLINE V square_root(V a) {
+  for (size_t l = 0; l < sizeof(V) / sizeof(a[0]); ++l) a[l] = sizeof(a[0]) == 4 ? __builtin_sqrtf(a[l]) : __builtin_sqrt(a[l]);
+  return a;
 }
 #endif
 

@@ -1,0 +1,35 @@
+// The semi-hard triplet loss as an op: one negative for every ordered pair of an anchor and a positive.
+#include <torch/library.h>
+
+#include <string_view>
+
+#include "common/scale_gradients.h"
+
+namespace deepsim {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad_loss, const at::Tensor& grad, const at::Tensor& grad_ref,
+                                            const at::Tensor& embeddings, const at::Tensor&, const OptionalTensor& ref_embeddings,
+                                            const OptionalTensor&, double, bool, std::string_view, std::string_view) {
+  return scale_gradients("batch_semi_hard_triplet_loss_backward", grad_loss, grad, grad_ref, embeddings, ref_embeddings);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(deepsim_ext, m) {
+  // Results as of batch_all_triplet_loss.
+  m.def(
+      "batch_semi_hard_triplet_loss(Tensor embeddings, Tensor labels, Tensor? ref_embeddings, Tensor? ref_labels, float margin,"
+      " bool soft, str distance, str reduction, bool with_gradient)"
+      " -> (Tensor loss, Tensor counts, Tensor means, Tensor grad_embeddings, Tensor grad_ref_embeddings)");
+  m.def(
+      "batch_semi_hard_triplet_loss_backward(Tensor grad_loss, Tensor grad, Tensor grad_ref, Tensor embeddings, Tensor labels,"
+      " Tensor? ref_embeddings, Tensor? ref_labels, float margin, bool soft, str distance, str reduction)"
+      " -> (Tensor grad_embeddings, Tensor grad_ref_embeddings)");
+}
+
+TORCH_LIBRARY_IMPL(deepsim_ext, CompositeExplicitAutograd, m) { m.impl("batch_semi_hard_triplet_loss_backward", backward); }
+
+}  // namespace deepsim

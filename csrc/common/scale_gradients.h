@@ -1,0 +1,30 @@
+// The backward of losses whose forward op has formed their gradient already: it is only scaled. For every backend, by torch's operators.
+#pragma once
+
+#include <ATen/Functions.h>
+
+#include <optional>
+#include <tuple>
+
+#include "checks.h"
+
+namespace deepsim {
+
+// grad, grad_ref: the loss's gradients by embeddings and ref_embeddings as the forward op returned them.
+inline std::tuple<at::Tensor, at::Tensor> scale_gradients(const char* function, const at::Tensor& grad_loss, const at::Tensor& grad,
+                                                          const at::Tensor& grad_ref, const at::Tensor& embeddings,
+                                                          const std::optional<at::Tensor>& ref_embeddings) {
+  const at::ScalarType type = compute_type(embeddings.scalar_type());
+  const auto check_gradient = [&](const char* argument, const at::Tensor& g, const at::Tensor& x) {
+    TORCH_CHECK_VALUE(g.sizes() == x.sizes(), function, ": ", argument, " must be of shape ", x.sizes(),
+                      ", as the forward op returns it with with_gradient=True, got ", g.sizes());
+    check_like(function, argument, g, type, embeddings.device(), x.sizes());
+  };
+  check_like(function, "grad_loss", grad_loss, type, embeddings.device(), {});
+  check_gradient("grad", grad, embeddings);
+  if (ref_embeddings) check_gradient("grad_ref", grad_ref, *ref_embeddings);
+  const auto scaled = [&](const at::Tensor& g) { return at::mul(g, grad_loss).to(embeddings.scalar_type()); };
+  return {scaled(grad), ref_embeddings ? scaled(grad_ref) : at::empty({0, embeddings.size(1)}, embeddings.options())};
+}
+
+}  // namespace deepsim

@@ -1,0 +1,212 @@
+// What losses over all pairs of a batch share on the CPU: the lists of positives, the walk over squares, the gradient's last step.
+#pragma once
+
+#include <ATen/Functions.h>
+
+#include <vector>
+
+#include "packed_pairs.h"
+#include "rounds.h"
+
+namespace deepsim::cpu {
+
+// The rows' positives as kernels.h describes them: in the order of the columns, or sorted.
+template <class T>
+struct PositiveLists {
+  std::vector<int64_t> begin;  // [panels + 1]
+  std::vector<T> distance;
+  std::vector<T> count;  // by packed row, filled up to whole panels
+  int64_t panel_rows;
+
+  int64_t width(int64_t panel) const { return (begin[panel + 1] - begin[panel]) / panel_rows; }
+  // Of row p's s-th element.
+  int64_t at(int64_t p, int64_t s) const { return begin[p / panel_rows] + s * panel_rows + p % panel_rows; }
+};
+
+template <class T>
+PositiveLists<T> positive_lists(const Kernels<T>& kernels, const PackedPairs<T>& pairs, Distance distance) {
+  const Stage stage("positives");
+  const int64_t width = pairs.panel_rows, panels = pairs.rows.panels;
+  PositiveLists<T> lists{std::vector<int64_t>(panels + 1), {}, std::vector<T>(panels * width), width};
+  for (int64_t i = 0; i < panels; ++i) {
+    int64_t longest = 0;
+    for (int64_t p = i * width; p < std::min((i + 1) * width, pairs.rows.count); ++p) {
+      lists.count[p] = T(pairs.positive_count(p));
+      longest = std::max(longest, pairs.positive_count(p));
+    }
+    lists.begin[i + 1] = lists.begin[i] + longest * width;
+  }
+  lists.distance.assign(lists.begin[panels], -std::numeric_limits<T>::infinity());
+  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    kernels.positive_distances(pairs.tiles(begin, end, 0, 0), distance, lists.begin.data(), lists.distance.data());
+  });
+  return lists;
+}
+
+// The column of row p's s-th positive, in the order of the columns.
+template <class T>
+int64_t positive_column(const PackedPairs<T>& pairs, int64_t p, int64_t s) {
+  const int64_t column = pairs.positives.begin[p] + s;
+  return column + (pairs.symmetric && column >= p);
+}
+
+// Sorts every list, the farthest positive first; returns where each element was.
+template <class T>
+std::vector<int32_t> sort_descending(const PackedPairs<T>& pairs, PositiveLists<T>& lists) {
+  std::vector<int32_t> slot(lists.distance.size());
+  at::parallel_for(0, pairs.rows.count, 64, [&](int64_t begin, int64_t end) {
+    std::vector<std::pair<T, int32_t>> row;
+    for (int64_t p = begin; p < end; ++p) {
+      row.clear();
+      for (int64_t s = 0; s < pairs.positive_count(p); ++s) row.emplace_back(-lists.distance[lists.at(p, s)], int32_t(s));
+      std::sort(row.begin(), row.end());
+      for (int64_t s = 0; s < int64_t(row.size()); ++s) {
+        lists.distance[lists.at(p, s)] = -row[s].first;
+        slot[lists.at(p, s)] = row[s].second;
+      }
+    }
+  });
+  return slot;
+}
+
+
+// Panels on a side of a square. By the shape alone: two blocks of a square and their gradients should stay in L2.
+template <class T>
+int64_t square_panels(const PackedPairs<T>& pairs) {
+  constexpr int64_t kBlockBytes = 128 * 1024, kFewestBlocks = 16, kMostPanels = 4;
+  const int64_t panel_bytes = pairs.panel_rows * pairs.rows.view.depth * int64_t(sizeof(T));
+  const int64_t panels = std::max(pairs.rows.panels, pairs.columns().panels);
+  return std::clamp<int64_t>(std::min(kBlockBytes / panel_bytes, panels / kFewestBlocks), 1, kMostPanels);
+}
+
+// Calls run(tiles, sums) for every square of pairs, with exclusive use of its rows and columns, and returns the squares' sums.
+template <class Sums, class T, class Run>
+std::vector<Sums> over_squares(const PackedPairs<T>& pairs, Run run) {
+  const Stage stage("tiles");
+  const int64_t side = square_panels(pairs), row_panels = pairs.rows.panels, column_panels = pairs.columns().panels;
+  const Rounds rounds((row_panels + side - 1) / side, (column_panels + side - 1) / side, pairs.symmetric);
+  std::vector<Sums> sums(rounds.squares());
+  rounds.for_each([&](int64_t square, int64_t i, int64_t j) {
+    run(pairs.tiles(i * side, std::min((i + 1) * side, row_panels), j * side, std::min((j + 1) * side, column_panels)), sums[square]);
+  });
+  return sums;
+}
+
+// The gradient that tiles gather, by packed row and column; empty where none is wanted.
+template <class T>
+struct GatheredGradient {
+  at::Tensor rows, columns;  // of columns only where there is a reference set
+
+  GatheredGradient() = default;
+  explicit GatheredGradient(const PackedPairs<T>& pairs)
+      : rows(at::zeros_like(pairs.rows.panel_buffer)),
+        columns(pairs.symmetric ? rows : at::zeros_like(pairs.references.panel_buffer)) {}
+
+  T* row_data() const { return rows.defined() ? rows.template mutable_data_ptr<T>() : nullptr; }
+  T* column_data() const { return columns.defined() ? columns.template mutable_data_ptr<T>() : nullptr; }
+};
+
+// For every packed row (or column) of one side, pairs whose distances have a weight in the loss, beside those that were gathered.
+template <class T>
+struct PairLists {
+  std::vector<int64_t> begin;  // [rows + 1]
+  std::vector<int32_t> other;  // row of the other side, as the input has it
+  std::vector<T> distance, weight;
+};
+
+// Each row's pairs with its positives; weight(p, s) is that of the distance from p to its s-th positive. In the self form the mirror
+// image of a pair weighs on the row as well.
+template <class T, class Weight>
+PairLists<T> pairs_of_rows(const PackedPairs<T>& pairs, const PositiveLists<T>& lists, Weight weight) {
+  PairLists<T> result{std::vector<int64_t>(pairs.rows.count + 1), {}, {}, {}};
+  for (int64_t p = 0; p < pairs.rows.count; ++p) result.begin[p + 1] = result.begin[p] + pairs.positive_count(p);
+  result.other.resize(result.begin.back());
+  result.distance.resize(result.begin.back());
+  result.weight.resize(result.begin.back());
+  at::parallel_for(0, pairs.rows.count, 1024, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      for (int64_t s = 0; s < pairs.positive_count(p); ++s) {
+        const int64_t c = positive_column(pairs, p, s), pair = result.begin[p] + s;
+        result.other[pair] = pairs.columns().original[c];
+        result.distance[pair] = lists.distance[lists.at(p, s)];
+        result.weight[pair] = weight(p, s);
+        // Row p in the list of row c, which leaves out c itself.
+        if (pairs.symmetric) result.weight[pair] += weight(c, p - pairs.positives.begin[c] - (p > c));
+      }
+    }
+  });
+  return result;
+}
+
+// From a function that calls emit(row, other, distance, weight) for every pair, in the same order whenever it is called.
+template <class T, class ForEach>
+PairLists<T> pair_lists(int64_t rows, ForEach for_each) {
+  PairLists<T> result{std::vector<int64_t>(rows + 1), {}, {}, {}};
+  for_each([&](int64_t row, int32_t, T, T) { ++result.begin[row + 1]; });
+  for (int64_t i = 0; i < rows; ++i) result.begin[i + 1] += result.begin[i];
+  result.other.resize(result.begin.back());
+  result.distance.resize(result.begin.back());
+  result.weight.resize(result.begin.back());
+  std::vector<int64_t> next(result.begin.begin(), result.begin.end() - 1);
+  for_each([&](int64_t row, int32_t other, T distance, T weight) {
+    const int64_t pair = next[row]++;
+    result.other[pair] = other;
+    result.distance[pair] = distance;
+    result.weight[pair] = weight;
+  });
+  return result;
+}
+
+// The columns' pairs with their positives, for a reference set.
+template <class T, class Weight>
+PairLists<T> pairs_of_columns(const PackedPairs<T>& pairs, const PositiveLists<T>& lists, Weight weight) {
+  return pair_lists<T>(pairs.references.count, [&](auto emit) {
+    for (int64_t p = 0; p < pairs.rows.count; ++p)
+      for (int64_t s = 0; s < pairs.positive_count(p); ++s)
+        emit(pairs.positives.begin[p] + s, pairs.rows.original[p], lists.distance[lists.at(p, s)], weight(p, s));
+  });
+}
+
+// One side's gradient, [rows][depth] in the type of the arithmetic. x: the side's rows as `points` has packed them.
+template <class T>
+at::Tensor finish_gradient(const Kernels<T>& kernels, const at::Tensor& x, const PackedPoints<T>& points, const at::Tensor& others,
+                           const PackedPoints<T>& other_points, const T* gathered, T factor, const PairLists<T>& lists,
+                           Distance distance) {
+  const Stage stage("gradient");
+  const auto scale = [](const PackedPoints<T>& p) { return p.row_scale.empty() ? nullptr : p.row_scale.data(); };
+  at::Tensor grad = at::empty({x.size(0), x.size(1)}, x.options().dtype(c10::CppTypeToScalarType<T>::value));
+  T* out = grad.template mutable_data_ptr<T>();
+  const PairGradient<T> g{rows_of(x),           rows_of(others), scale(points),      scale(other_points),  points.original.data(), gathered, factor,
+                          lists.begin.data(), lists.other.data(), lists.distance.data(), lists.weight.data(), distance};
+  at::parallel_for(0, points.count, row_grain(x.size(1)),
+                   [&](int64_t begin, int64_t end) { kernels.pair_gradient(g, begin, end, out); });
+  return grad;
+}
+
+// What the forward ops of these losses return: the loss, its statistics and the gradients of the loss, which backward only scales.
+struct LossWithGradient {
+  at::Tensor loss, counts, means, grad, grad_ref;  // counts int64; gradients in the type of the arithmetic, no rows if not wanted
+};
+
+template <class T>
+LossWithGradient loss_with_gradient(const at::Tensor& x, double loss, const std::vector<int64_t>& counts,
+                                    const std::vector<double>& means) {
+  const auto options = x.options().dtype(c10::CppTypeToScalarType<T>::value);
+  return {at::full({}, loss, options), at::tensor(counts, x.options().dtype(at::kLong)), at::tensor(means, options),
+          at::empty({0, x.size(1)}, options), at::empty({0, x.size(1)}, options)};
+}
+
+// What comes of a NaN or inf in the input.
+template <class T>
+LossWithGradient not_finite(const at::Tensor& x, const OptionalTensor& ref, const std::vector<int64_t>& counts, bool with_gradient) {
+  constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+  LossWithGradient result = loss_with_gradient<T>(x, nan, counts, {nan, nan});
+  if (!with_gradient) return result;
+  result.grad = at::full({x.size(0), x.size(1)}, nan, result.loss.options());
+  if (ref) result.grad_ref = at::full({ref->size(0), x.size(1)}, nan, result.loss.options());
+  return result;
+}
+
+inline double ratio(double sum, int64_t count) { return count > 0 ? sum / double(count) : 0; }
+
+}  // namespace deepsim::cpu

@@ -1,0 +1,113 @@
+// Batch-all triplet loss on the CPU: sort every anchor's positives by distance, count over all tiles how many of them each negative is
+// active with, pull the rows accordingly.
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "../batch_hard.h"
+#include "../common/sum_reduction.h"
+#include "all_pairs.h"
+#include "capability.h"
+
+namespace deepsim::cpu {
+namespace {
+
+// Adds up `active` where it was noted at the ends of runs, and puts lists and counts back into the order of the columns.
+template <class T>
+void restore_order(const PackedPairs<T>& pairs, const std::vector<int32_t>& slot, PositiveLists<T>& lists, std::vector<T>& active) {
+  at::parallel_for(0, pairs.rows.count, 64, [&](int64_t begin, int64_t end) {
+    std::vector<T> distance, count;
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t n = pairs.positive_count(p);
+      if (lists.width(p / lists.panel_rows) > kScannedPositives)
+        for (int64_t s = n - 2; s >= 0; --s) active[lists.at(p, s)] += active[lists.at(p, s + 1)];
+      distance.resize(n);
+      count.resize(n);
+      for (int64_t s = 0; s < n; ++s) {
+        distance[slot[lists.at(p, s)]] = lists.distance[lists.at(p, s)];
+        count[slot[lists.at(p, s)]] = active[lists.at(p, s)];
+      }
+      for (int64_t s = 0; s < n; ++s) {
+        lists.distance[lists.at(p, s)] = distance[s];
+        active[lists.at(p, s)] = count[s];
+      }
+    }
+  });
+}
+
+template <class T>
+LossWithGradient loss_forward(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& labels, const OptionalTensor& ref,
+                              const OptionalTensor& ref_labels, T margin, bool semi_hard, Distance distance, SumReduction reduction,
+                              bool with_gradient) {
+  const PackedPairs<T> pairs = pack_pairs(kernels, x, labels, ref, ref_labels, distance);
+  int64_t valid_anchors = 0, triplets = 0;
+  for (int64_t p = 0; p < pairs.rows.count; ++p) {
+    valid_anchors += pairs.positive_count(p) > 0 && pairs.negative_count(p) > 0;
+    triplets += pairs.positive_count(p) * pairs.negative_count(p);
+  }
+  if (!pairs.finite) return not_finite<T>(x, ref, {valid_anchors, semi_hard ? 0 : triplets, 0}, with_gradient);
+
+  PositiveLists<T> lists = positive_lists(kernels, pairs, distance);
+  std::vector<int32_t> slot = sort_descending(pairs, lists);
+  std::vector<T> active(lists.distance.size());
+  const GatheredGradient<T> gathered = with_gradient ? GatheredGradient<T>(pairs) : GatheredGradient<T>();
+  const SortedPositives<T> positives{lists.begin.data(), lists.distance.data(), active.data(), lists.count.data()};
+  BatchAllSums sums;
+  for (const BatchAllSums& s : over_squares<BatchAllSums>(pairs, [&](const TileBlock<T>& tiles, BatchAllSums& sum) {
+         kernels.batch_all({tiles, positives, positives, margin, semi_hard, distance, gathered.row_data(), gathered.column_data()}, sum);
+       })) {
+    sums.active += s.active;
+    sums.triplets += s.triplets;
+    sums.active_d_an += s.active_d_an;
+    sums.d_an += s.d_an;
+  }
+
+  restore_order(pairs, slot, lists, active);
+  slot = {};
+  double limits = 0, d_ap = 0;
+  for (int64_t p = 0; p < pairs.rows.count; ++p) {
+    for (int64_t s = 0; s < pairs.positive_count(p); ++s) {
+      const double d = double(lists.distance[lists.at(p, s)]), n = double(active[lists.at(p, s)]);
+      limits += n * (d + double(margin));
+      d_ap += d * (semi_hard ? n : double(pairs.negative_count(p)));
+    }
+  }
+  // Semi-hard triplets without a loss have d_ap = d_an - margin.
+  if (semi_hard) d_ap += sums.d_an - sums.active_d_an - double(sums.triplets - sums.active) * double(margin);
+  const int64_t divisor = reduction == SumReduction::sum ? 1 : reduction == SumReduction::mean ? sums.triplets : sums.active;
+  const double scale = 1 / double(std::max<int64_t>(1, divisor));
+  LossWithGradient result =
+      loss_with_gradient<T>(x, std::max(0.0, limits - sums.active_d_an) * scale, {valid_anchors, sums.triplets, sums.active},
+                            {ratio(d_ap, sums.triplets), ratio(sums.d_an, sums.triplets)});
+  if (!with_gradient) return result;
+  const auto weight = [&](int64_t p, int64_t s) { return T(scale) * active[lists.at(p, s)]; };
+  result.grad = finish_gradient(kernels, x, pairs.rows, ref ? *ref : x, pairs.columns(), gathered.row_data(), T(scale),
+                                pairs_of_rows(pairs, lists, weight), distance);
+  if (ref) {
+    result.grad_ref = finish_gradient(kernels, *ref, pairs.references, x, pairs.rows, gathered.column_data(), T(scale),
+                                      pairs_of_columns(pairs, lists, weight), distance);
+  }
+  return result;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_all_triplet_loss(
+    const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& ref_embeddings, const OptionalTensor& ref_labels,
+    double margin, bool semi_hard, std::string_view distance, std::string_view reduction, bool with_gradient) {
+  constexpr const char* function = "batch_all_triplet_loss";
+  check_batch(function, embeddings, labels, ref_embeddings, ref_labels);
+  const Distance d = distance_from(function, distance);
+  const SumReduction r = sum_reduction_from(function, reduction);
+  const at::Tensor x = with_adjacent_columns(embeddings);
+  const OptionalTensor ref = ref_embeddings ? OptionalTensor(with_adjacent_columns(*ref_embeddings)) : std::nullopt;
+  return dispatch(x.scalar_type(), [&](const auto& kernels) {
+    using T = typename std::decay_t<decltype(kernels)>::Compute;
+    const LossWithGradient l = loss_forward<T>(kernels, x, labels, ref, ref_labels, T(margin), semi_hard, d, r, with_gradient);
+    return std::tuple(l.loss, l.counts, l.means, l.grad, l.grad_ref);
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(deepsim_ext, CPU, m) { m.impl("batch_all_triplet_loss", batch_all_triplet_loss); }
+
+}  // namespace deepsim::cpu

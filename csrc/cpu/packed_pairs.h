@@ -1,0 +1,170 @@
+// All pairs of a batch, or of a batch and a reference set, made ready for the tiles: rows sorted by label, centred and packed.
+#pragma once
+
+#include <ATen/Functions.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "../common/stage.h"
+#include "rows.h"
+
+namespace deepsim::cpu {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+struct SortedLabels {
+  std::vector<int32_t> order;   // packed position -> row; rows of one label adjacent and in their order
+  std::vector<int64_t> labels;  // by packed position
+};
+
+// Class numbers are counted; labels that lie far apart are left to torch's sort.
+SortedLabels sort_labels(const at::Tensor& labels);
+
+// Columns with the label of each row: [begin, end), both by packed position.
+struct PositiveRanges {
+  std::vector<int32_t> begin, end;
+};
+PositiveRanges positive_ranges(const std::vector<int64_t>& row_labels, const std::vector<int64_t>& column_labels);
+
+// Packed rows and the buffers they stand in.
+template <class T>
+struct PackedPoints {
+  int64_t count = 0, panels = 0;
+  std::vector<double> row_scale;  // by row of the input; empty means 1
+  at::Tensor panel_buffer;
+  std::vector<T> half_norm;
+  std::vector<int32_t> original;
+  PackedRows<T> view;
+};
+
+template <class T>
+struct PackedPairs {
+  PackedPoints<T> rows, references;  // references only where there is a reference set
+  PositiveRanges positives;
+  int64_t panel_rows;
+  bool symmetric;  // rows against themselves
+  bool finite;     // false: a NaN or inf somewhere, or rows so long that |a - b|^2 / 2 could overflow
+
+  const PackedPoints<T>& columns() const { return symmetric ? rows : references; }
+
+  TileBlock<T> tiles(int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end) const {
+    return {rows.view, columns().view, positives.begin.data(), positives.end.data(), rows.count,
+            row_begin, row_end,        column_begin,           column_end,           symmetric};
+  }
+
+  // Columns of the label of packed row p, itself left out.
+  int64_t positive_count(int64_t p) const { return positives.end[p] - positives.begin[p] - symmetric; }
+  int64_t negative_count(int64_t p) const { return columns().count - (positives.end[p] - positives.begin[p]); }
+};
+
+template <class T>
+PackedPoints<T> pack_points(const Kernels<T>& kernels, const Rows& x, const std::vector<int32_t>& order,
+                            const std::vector<double>& center, std::vector<double> row_scale) {
+  const Stage stage("pack");
+  PackedPoints<T> p;
+  p.count = x.count;
+  p.panels = (x.count + kernels.panel_rows - 1) / kernels.panel_rows;
+  p.row_scale = std::move(row_scale);
+  p.panel_buffer = at::empty({p.panels * kernels.panel_rows * x.depth}, c10::CppTypeToScalarType<T>::value);
+  p.half_norm.resize(p.panels * kernels.panel_rows);
+  p.original.resize(p.panels * kernels.panel_rows);
+  p.view = {p.panel_buffer.template mutable_data_ptr<T>(), p.half_norm.data(), p.original.data(), x.depth};
+  const std::vector<T> rounded(center.begin(), center.end());  // any shift does, as long as it is the same for every row
+  const Packing<T> packing{order.data(), rounded.data(), p.row_scale.empty() ? nullptr : p.row_scale.data()};
+  at::parallel_for(0, p.panels, std::max<int64_t>(1, row_grain(x.depth) / kernels.panel_rows),
+                   [&](int64_t begin, int64_t end) { kernels.pack(x, packing, begin, end, p.view); });
+  return p;
+}
+
+template <class T>
+std::vector<double> column_means(const Kernels<T>& kernels, const Rows& x, const std::vector<double>& row_scale) {
+  const Stage stage("centre");
+  std::vector<double> mean(x.depth);
+  at::parallel_for(0, x.depth, std::max<int64_t>(16, 65536 / std::max<int64_t>(1, x.count)), [&](int64_t begin, int64_t end) {
+    kernels.column_sums(x, row_scale.empty() ? nullptr : row_scale.data(), begin, end, mean.data());
+  });
+  for (double& m : mean) m /= std::max<int64_t>(1, x.count);
+  return mean;
+}
+
+// The centre on a grid of an eighth to a quarter of the rows' spread: nearly as good, and coordinates that are whole numbers, or of few
+// digits, stay so and keep their distances exact, so that equal distances are seen to be equal.
+template <class T>
+void round_center(const Kernels<T>& kernels, const Rows& x, std::vector<double>& center) {
+  constexpr int64_t kSample = 16;  // pairs of rows, evenly spread
+  const int64_t step = std::max<int64_t>(1, x.count / (kSample + 1)), count = std::min(x.count - 1, kSample);
+  std::vector<int32_t> row, next;
+  for (int64_t i = 0; i < count; ++i) {
+    row.push_back(int32_t(i * step));
+    next.push_back(int32_t((i + 1) * step));
+  }
+  std::vector<T> square(row.size());
+  kernels.pair_distances(x, x, row.data(), next.data(), Distance::sqeuclidean, 0, int64_t(row.size()), square.data());
+  double sum = 0;
+  for (T s : square) sum += double(s);
+  const double spread = std::sqrt(sum / (2 * double(std::max<int64_t>(1, count)) * double(x.depth)));
+  if (!(spread > 0) || std::isinf(spread)) return;  // nothing to go by, or a NaN
+  const double grid = std::exp2(std::floor(std::log2(spread)) - 2);
+  for (double& c : center) c = std::round(c / grid) * grid;
+}
+
+// False for a NaN or inf in the rows, and for rows so long (1e18 in float32) that |a - b|^2 / 2 could overflow.
+template <class T>
+bool can_be_compared(const PackedPoints<T>& p) {
+  const T limit = std::numeric_limits<T>::max() / 8;
+  return std::all_of(p.half_norm.begin(), p.half_norm.begin() + p.count, [limit](T h) { return h < limit; });
+}
+
+// Elements of a row of x and ref must be adjacent. The half squared distance of packed rows is that of the input's rows or, for cosine
+// distance, of their unit vectors: the cosine distance itself.
+template <class T>
+PackedPairs<T> pack_pairs(const Kernels<T>& kernels, const at::Tensor& x, const SortedLabels& sorted, const OptionalTensor& ref,
+                          const SortedLabels& ref_sorted, Distance distance) {
+  const Rows anchors = rows_of(x), references = ref ? rows_of(*ref) : anchors;
+  const bool cosine = distance == Distance::cosine;
+  std::vector<double> row_scale, ref_scale;
+  if (cosine) row_scale = inverse_norms(kernels, anchors);
+  if (cosine && ref) ref_scale = inverse_norms(kernels, references);
+  std::vector<double> center = column_means(kernels, references, ref ? ref_scale : row_scale);
+  if (ref) {
+    // One centre for both; anchors and references weigh the same, whatever their numbers.
+    const std::vector<double> anchor_center = column_means(kernels, anchors, row_scale);
+    for (int64_t k = 0; k < anchors.depth; ++k) center[k] = (center[k] + anchor_center[k]) / 2;
+  }
+
+  // A zero row has cosine 0 with every row: with |.|^2 / 2 set to 1/2 throughout, 1/2 + 1/2 - 0 says so, as long as the rows
+  // are not shifted. (The largest centred squared norm is then near 1, so centring would gain nothing.)
+  const auto has_zero = [](const std::vector<double>& scale) { return std::find(scale.begin(), scale.end(), 0.0) != scale.end(); };
+  const bool zero_rows = cosine && (has_zero(row_scale) || has_zero(ref_scale));
+  if (zero_rows) std::fill(center.begin(), center.end(), 0.0);
+  if (!cosine) round_center(kernels, references, center);
+
+  PackedPairs<T> pairs;
+  pairs.panel_rows = kernels.panel_rows;
+  pairs.symmetric = !ref;
+  pairs.positives = positive_ranges(sorted.labels, ref_sorted.labels);
+  pairs.rows = pack_points(kernels, anchors, sorted.order, center, std::move(row_scale));
+  if (ref) pairs.references = pack_points(kernels, references, ref_sorted.order, center, std::move(ref_scale));
+  pairs.finite = can_be_compared(pairs.rows) && (!ref || can_be_compared(pairs.references));
+  if (zero_rows) {
+    std::fill_n(pairs.rows.half_norm.begin(), pairs.rows.count, T(0.5));
+    std::fill_n(pairs.references.half_norm.begin(), pairs.references.count, T(0.5));
+  }
+  return pairs;
+}
+
+// The same from labels; ref and ref_labels are given together or not at all.
+template <class T>
+PackedPairs<T> pack_pairs(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& labels, const OptionalTensor& ref,
+                          const OptionalTensor& ref_labels, Distance distance) {
+  const SortedLabels sorted = sort_labels(labels);
+  return ref ? pack_pairs(kernels, x, sorted, ref, sort_labels(*ref_labels), distance)
+             : pack_pairs(kernels, x, sorted, ref, sorted, distance);
+}
+
+}  // namespace deepsim::cpu

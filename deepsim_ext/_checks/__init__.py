@@ -1,0 +1,94 @@
+"""Argument checks shared by the compiled functions and the reference, so that both raise the same errors.
+
+One call per public function checks everything and returns the arguments in the form that implementations work
+on. Every error reads `function: argument must be <expected>, got <what>`: TypeError for a wrong Python type,
+tensor layout or dtype, ValueError for a wrong value, shape or device. Checks look at types, dtypes, shapes
+and devices, never at a tensor's values, and put sizes into texts only when they raise: they cost no device
+sync and trace under torch.compile(fullgraph=True) with dynamic shapes, under vmap and with fake tensors.
+"""
+
+from __future__ import annotations
+
+from .batch import (
+    SEMI_HARD_DEFINITIONS,
+    BatchHardArguments,
+    batch_all_options,
+    batch_contrastive_options,
+    batch_hard,
+    batch_hard_options,
+    semi_hard_options,
+)
+from .layers import (
+    GRAM_DISTANCES,
+    GRAM_NORMALIZATIONS,
+    LAYER_REDUCTIONS,
+    ContentLayer,
+    StyleLayer,
+    content,
+    content_options,
+    gram_matrix,
+    gram_normalization,
+    layer_weights,
+    style,
+    style_options,
+)
+from .options import (
+    BATCH_REDUCTIONS,
+    DISTANCES,
+    PAIR_REDUCTIONS,
+    TRIPLET_REDUCTIONS,
+    choice,
+    flag,
+    margin_value,
+)
+from .rows import (
+    MAX_NEIGHBORS,
+    NeighborArguments,
+    TripletArguments,
+    contrastive,
+    contrastive_options,
+    nearest_neighbors,
+    triplet_margin,
+    triplet_margin_options,
+)
+from .tensors import FLOAT_DTYPES, INTEGER_DTYPES, compute_dtype
+
+__all__ = [
+    "BATCH_REDUCTIONS",
+    "DISTANCES",
+    "FLOAT_DTYPES",
+    "GRAM_DISTANCES",
+    "GRAM_NORMALIZATIONS",
+    "INTEGER_DTYPES",
+    "LAYER_REDUCTIONS",
+    "MAX_NEIGHBORS",
+    "PAIR_REDUCTIONS",
+    "SEMI_HARD_DEFINITIONS",
+    "TRIPLET_REDUCTIONS",
+    "BatchHardArguments",
+    "ContentLayer",
+    "NeighborArguments",
+    "StyleLayer",
+    "TripletArguments",
+    "batch_all_options",
+    "batch_contrastive_options",
+    "batch_hard",
+    "batch_hard_options",
+    "choice",
+    "compute_dtype",
+    "content",
+    "content_options",
+    "contrastive",
+    "contrastive_options",
+    "flag",
+    "gram_matrix",
+    "gram_normalization",
+    "layer_weights",
+    "margin_value",
+    "nearest_neighbors",
+    "semi_hard_options",
+    "style",
+    "style_options",
+    "triplet_margin",
+    "triplet_margin_options",
+]

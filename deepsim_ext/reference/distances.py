@@ -1,0 +1,47 @@
+"""Distances between rows, each a direct difference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def pairwise(x: Tensor, y: Tensor, distance: str) -> Tensor:
+    """[N, M] distances between the rows of x [N, D] and y [M, D], to choose by: no second gradient."""
+    if distance == "cosine":
+        zero = _zero_rows(x)[:, None] | _zero_rows(y)[None, :]
+        return torch.where(zero, 1.0, pairwise(_unit(x), _unit(y), "sqeuclidean") / 2)
+    d = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+    return d if distance == "euclidean" else d.square()
+
+
+def all_distances(
+    embeddings: Tensor, ref_embeddings: Tensor | None, dtype: torch.dtype, distance: str
+) -> Tensor:
+    """[N, M] distances in `dtype`, differentiable to any order, by way of an [N, M, D] tensor."""
+    x = embeddings.to(dtype)
+    refs = x if ref_embeddings is None else ref_embeddings.to(dtype)
+    return rowwise(x[:, None], refs[None], distance)
+
+
+def rowwise(a: Tensor, b: Tensor, distance: str) -> Tensor:
+    """Distances between the rows of a and b, [..., D] each, differentiable to any order also at 0."""
+    if distance == "cosine":  # of unit vectors, 1 - a.b = |a - b|^2 / 2, which does not cancel
+        return torch.where(_zero_rows(a) | _zero_rows(b), 1.0, rowwise(_unit(a), _unit(b), "sqeuclidean") / 2)
+    squared = (a - b).square().sum(dim=-1)
+    return _sqrt(squared) if distance == "euclidean" else squared
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Square root whose gradients, of any order, are 0 at 0: there, sqrt itself never sees the 0."""
+    return torch.where(x == 0, 0.0, torch.where(x == 0, 1.0, x).sqrt())
+
+
+def _zero_rows(x: Tensor) -> Tensor:
+    return x.square().sum(dim=-1) == 0
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows scaled to length 1; a zero row stays zero."""
+    squared = x.square().sum(dim=-1, keepdim=True)
+    return x / torch.where(squared == 0, 1.0, squared).sqrt()

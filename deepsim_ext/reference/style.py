@@ -1,0 +1,96 @@
+"""Gram matrices and style loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+
+
+def gram_matrix(features: Tensor, *, normalize: str | float = "chw") -> Tensor:
+    """Gram matrices of feature maps: `scale * F F^T` per sample, F = features as [C, N], N = spatial size.
+
+    Source: Gatys, Ecker, Bethge, "Image Style Transfer Using Convolutional Neural Networks" (2016), eq. 3,
+    which is normalize="none".
+
+    Args:
+        features: [B, C, *spatial] with 1 to 3 spatial dimensions, none of size 0; float32, float64, bfloat16
+            or float16.
+        normalize: what to divide by: "none" (1), "hw" (N), "chw" (C N), "bchw" (B C N), or a positive number.
+
+    Returns:
+        [B, C, C]; float32, or float64 for float64 input. Half inputs are multiplied in float32.
+
+    Raises:
+        TypeError: an argument of the wrong Python type or dtype.
+        ValueError: unknown or non-positive `normalize`, or features of the wrong shape.
+    """
+    _checks.gram_matrix("gram_matrix", features, normalize=normalize)
+    return _gram(features, normalize)
+
+
+def style_loss(
+    features: Tensor | Sequence[Tensor],
+    target: Tensor | Sequence[Tensor],
+    *,
+    weights: Sequence[float] | None = None,
+    normalize: str | float = "chw",
+    reduction: str = "mean",
+    distance: str = "l2",
+) -> Tensor:
+    """Distance between the Gram matrices of `features` and `target`, summed over layers.
+
+    Source: Gatys, Ecker, Bethge, "Image Style Transfer Using Convolutional Neural Networks" (2016), eq. 4
+    and 5, which are normalize="none", reduction="gatys".
+
+    Args:
+        features: [B, C, *spatial] as in `gram_matrix`, or a list or tuple of them, one per layer.
+        target: the same number of Gram matrices [C, C], [1, C, C] or [B, C, C], in the dtype that
+            `gram_matrix` returns or that of `features`. Under autocast other dtypes go to the widest.
+        weights: None (1 each) or one finite number per layer.
+        normalize: as in `gram_matrix`.
+        reduction: within a layer, "mean" (times 1 / (B C^2)), "sum" (times 1) or "gatys" (times
+            1 / (4 C^2 N^2)); sums run over B too.
+        distance: "l2" for squared, "l1" for absolute differences.
+
+    Returns:
+        Scalar; float32, or float64 for float64 input. Differentiable in `features` and `target`.
+
+    Raises:
+        TypeError: an argument of the wrong Python type or dtype.
+        ValueError: an unknown name, no layer, or shapes, devices or lengths that do not go together.
+    """
+    layers = _checks.style(
+        "style_loss",
+        features,
+        target,
+        weights=weights,
+        normalize=normalize,
+        reduction=reduction,
+        distance=distance,
+    )
+    total = 0.0
+    for layer in layers:
+        b, c = layer.features.shape[:2]
+        n = layer.features.shape[2:].numel()
+        factor = {"mean": 1 / (b * c * c), "sum": 1.0, "gatys": 1 / (4 * c * c * n * n)}[reduction]
+        difference = _gram(layer.features, normalize) - layer.target
+        distances = difference.square() if distance == "l2" else difference.abs()
+        total = total + layer.weight * factor * distances.sum()
+    return total
+
+
+def _gram(features: Tensor, normalize: str | float) -> Tensor:
+    f = features.flatten(start_dim=2).to(_checks.compute_dtype(features))
+    b, c, n = f.shape
+    divisors = {"none": 1, "hw": n, "chw": c * n, "bchw": b * c * n}
+    divisor = divisors[normalize] if isinstance(normalize, str) else normalize
+    device = f.device.type
+    can_autocast = torch.amp.is_autocast_available(device)
+    # Autocast would round the factors to half.
+    with torch.autocast(device, enabled=False) if can_autocast else nullcontext():
+        return (f @ f.mT) / divisor

@@ -1,0 +1,95 @@
+"""Triplet loss of given triplets: elementwise in the triplets, so plain torch is all it takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _checks
+
+
+def triplet_margin_loss(
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    *,
+    margin: float = 0.2,
+    swap: bool = False,
+    soft: bool = False,
+    distance: str = "sqeuclidean",
+    reduction: str = "mean",
+) -> Tensor:
+    """Triplet loss of given triplets: `relu(d_ap - d_an + margin)`, or `softplus(d_ap - d_an)` when `soft`.
+
+    Source: Schroff, Kalenichenko, Philbin, "FaceNet: A Unified Embedding for Face Recognition and Clustering"
+    (2015), eq. 3, which is the default on embeddings of length 1. The swap is of Balntas, Riba, Ponsa,
+    Mikolajczyk, "Learning local feature descriptors with triplets and shallow convolutional neural networks"
+    (2016), section 3.3; the soft margin of Hermans, Beyer, Leibe, "In Defense of the Triplet Loss for Person
+    Re-Identification" (2017), section 2.
+
+    Args:
+        anchor, positive, negative: [T, D] embeddings with D >= 1, one triplet a row; float32, float64,
+            bfloat16 or float16. Under autocast their dtypes may differ and go to the widest.
+        margin: finite, >= 0, in units of the distance; not used when `soft`.
+        swap: let d_pn, the distance of positive and negative, stand for d_an where it is smaller.
+        soft: the soft margin.
+        distance: "sqeuclidean", "euclidean" or "cosine" (1 - cos; a zero vector is at distance 1 from all).
+        reduction: "mean" over triplets, "mean_nonzero" over triplets whose loss is > 0, "sum", or "none" for
+            [T]. The mean of nothing is 0.
+
+    Returns:
+        Scalar, or [T] for "none"; float32, or float64 for float64 input. Half inputs are compared in float32.
+        Differentiable to any order; the gradient of a Euclidean distance is 0 at 0, and that of a cosine
+        distance is 0 at a zero vector. A NaN or inf in a triplet makes its loss NaN.
+
+    Raises:
+        TypeError: an argument of the wrong Python type or dtype.
+        ValueError: unknown distance or reduction, negative or non-finite margin, or shapes or devices that do
+            not go together.
+    """
+    a, p, n, margin = _checks.triplet_margin(
+        "triplet_margin_loss",
+        anchor,
+        positive,
+        negative,
+        margin=margin,
+        swap=swap,
+        soft=soft,
+        distance=distance,
+        reduction=reduction,
+    )
+    dtype = _checks.compute_dtype(a)
+    a, p, n = a.to(dtype), p.to(dtype), n.to(dtype)
+    d_an = _distance(a, n, distance)
+    if swap:
+        d_an = torch.minimum(d_an, _distance(p, n, distance))
+    gap = _distance(a, p, distance) - d_an
+    # Beyond the threshold softplus(z) is taken to be z; exp(-40) is below the rounding of a float64.
+    loss = torch.nn.functional.softplus(gap, threshold=40) if soft else (gap + margin).relu()
+    # Looked for in the embeddings: relu hides a negative that is infinitely far.
+    finite = (a.isfinite() & p.isfinite() & n.isfinite()).all(dim=1)
+    loss = torch.where(finite, loss, torch.nan)
+    if reduction == "none":
+        return loss
+    if reduction == "mean_nonzero":
+        return loss.sum() / (loss > 0).sum().clamp(min=1)
+    return loss.sum() / max(loss.shape[0], 1) if reduction == "mean" else loss.sum()
+
+
+def _distance(a: Tensor, b: Tensor, distance: str) -> Tensor:
+    """[T] distances between the rows of a and b, [T, D] each."""
+    if distance == "cosine":
+        # Of unit vectors 1 - a.b = |a - b|^2 / 2, which does not cancel where they are close.
+        a_squared, b_squared = a.square().sum(dim=1), b.square().sum(dim=1)
+        zero = (a_squared == 0) | (b_squared == 0)
+        unit_a = a / _sqrt(a_squared, at_zero=1.0)[:, None]
+        unit_b = b / _sqrt(b_squared, at_zero=1.0)[:, None]
+        return torch.where(zero, 1.0, (unit_a - unit_b).square().sum(dim=1) / 2)
+    squared = (a - b).square().sum(dim=1)
+    return _sqrt(squared, at_zero=0.0) if distance == "euclidean" else squared
+
+
+def _sqrt(x: Tensor, *, at_zero: float) -> Tensor:
+    """sqrt never sees a zero: its infinite slope there makes gradients NaN even where they are masked out."""
+    zero = x == 0
+    return torch.where(zero, at_zero, torch.where(zero, 1.0, x).sqrt())
