@@ -22,7 +22,7 @@ def batch_contrastive_loss(
     reduction: str = "mean_nonzero",
     return_stats: bool = False,
 ) -> Tensor | ContrastiveResult:
-    """Contrastive loss of all ordered pairs: `relu(d - pos_margin)` of one label, `relu(neg_margin - d)` of two.
+    """Contrastive loss of all ordered pairs: `relu(d - pos_margin)`, or `relu(neg_margin - d)` of two labels.
 
     Source: Hadsell, Chopra, LeCun, "Dimensionality Reduction by Learning an Invariant Mapping" (2006), eq. 4,
     with both terms `squared` and without its factor 1/2; not squared it is the form of

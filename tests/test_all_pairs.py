@@ -1,4 +1,4 @@
-"""Losses over all triplets or pairs of a batch: the compiled ops against the reference, and every contract."""
+"""Losses over all triplets or pairs of a batch: the compiled ops against the reference, every contract."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_values_statistics_and_gradients_match_the_reference(name, distance, dty
     if name.startswith(CHOOSING) and dtype is not torch.float64:
         rounding, gradient_rounding = 5e-3, 0.06
     for sample in samples(dtype):
-        # The reference's tensors of all triplets take seconds where there are hundreds of rows: once is enough.
+        # The reference's tensors of all triplets take seconds for hundreds of rows: once is enough.
         if len(sample.tensors[0]) > 150 and (
             distance != "euclidean" or dtype not in DTYPES[:2] or "sum" in name
         ):
@@ -89,7 +89,7 @@ def test_values_statistics_and_gradients_match_the_reference(name, distance, dty
         incoming = torch.randn((), dtype=torch.float64).abs() + 0.5
         gradients = torch.autograd.grad(expected.loss, leaves(exact), incoming, retain_graph=True)
         largest = max((g.abs().max().item() for g in gradients if g.numel()), default=0.0)
-        if 1e-9 < largest:  # as a gradient scaler does: float16 gradients neither vanish nor overflow
+        if largest > 1e-9:  # as a gradient scaler does: float16 gradients neither vanish nor overflow
             incoming *= 100 / largest
         got.loss.backward(incoming.to(got.loss.dtype))
         expected.loss.backward(incoming)
@@ -233,7 +233,7 @@ def test_references_that_are_the_batch_are_the_self_form(name, distance):
 
 @pytest.mark.parametrize("name", ["all-mean", "contrastive-mean", "window-mean"])
 def test_values_are_right_where_the_gram_form_cancels(name):
-    """Tight classes far from the origin and from each other: |a|^2 + |b|^2 - 2ab has no correct digit there."""
+    """Tight heaps far from the origin: |a|^2 + |b|^2 - 2ab has no correct digit there."""
     loss, options = LOSSES[name]
     g = torch.Generator().manual_seed(5)
     # Two heaps 1e3 apart, classes in either within 0.1 of each other: half of the negatives are close pairs.
