@@ -48,36 +48,64 @@ std::vector<T> normal(int64_t count, std::mt19937& random) {
   return v;
 }
 
+// Normal points in classes of three adjacent rows, packed in their order.
 template <class T>
-void check_batch_hard(const std::string& name, const Kernels<T>& kernels, int64_t n, int64_t depth, std::mt19937& random) {
-  const std::vector<T> x = normal<T>(n * depth, random);
-  const Rows rows{x.data(), n, depth, depth};
-  const auto square = [&](int64_t i, int64_t j) {
+struct Points {
+  Points(const Kernels<T>& kernels, int64_t n, int64_t depth, std::mt19937& random)
+      : n(n),
+        depth(depth),
+        panels((n + kernels.panel_rows - 1) / kernels.panel_rows),
+        padded(panels * kernels.panel_rows),
+        x(normal<T>(n * depth, random)),
+        rows{x.data(), n, depth, depth},
+        begin(n),
+        end(n),
+        panel_buffer(padded * depth),
+        half_norm(padded),
+        original(padded),
+        packed{panel_buffer.data(), half_norm.data(), original.data(), depth} {
+    std::vector<double> sums(depth), norms(n);
+    in_threads(depth, [&](int64_t begin, int64_t end) { kernels.column_sums(rows, nullptr, begin, end, sums.data()); });
+    std::vector<T> centre;
+    for (const double sum : sums) centre.push_back(T(sum / double(n)));
+    in_threads(n, [&](int64_t begin, int64_t end) { kernels.inverse_norms(rows, begin, end, norms.data()); });
+    std::vector<int32_t> order(n);
+    std::iota(order.begin(), order.end(), 0);
+    for (int64_t i = 0; i < n; ++i) begin[i] = int32_t(i / 3 * 3), end[i] = int32_t(std::min(n, i / 3 * 3 + 3));
+    in_threads(panels, [&](int64_t b, int64_t e) { kernels.pack(rows, {order.data(), centre.data(), nullptr}, b, e, packed); });
+  }
+
+  double square(int64_t i, int64_t j) const {
     double sum = 0;
     for (int64_t k = 0; k < depth; ++k) sum += std::pow(double(x[i * depth + k]) - double(x[j * depth + k]), 2);
     return sum;
-  };
-  std::vector<double> sums(depth), norms(n);
-  in_threads(depth, [&](int64_t begin, int64_t end) { kernels.column_sums(rows, nullptr, begin, end, sums.data()); });
-  std::vector<T> centre;
-  for (const double sum : sums) centre.push_back(T(sum / double(n)));
-  in_threads(n, [&](int64_t begin, int64_t end) { kernels.inverse_norms(rows, begin, end, norms.data()); });
+  }
 
-  // Classes of three adjacent rows, in their order.
-  std::vector<int32_t> order(n), begin(n), end(n);
-  std::iota(order.begin(), order.end(), 0);
-  for (int64_t i = 0; i < n; ++i) begin[i] = int32_t(i / 3 * 3), end[i] = int32_t(std::min(n, i / 3 * 3 + 3));
-  const int64_t panels = (n + kernels.panel_rows - 1) / kernels.panel_rows, padded = panels * kernels.panel_rows;
-  std::vector<T> panel_buffer(padded * depth), half_norm(padded);
-  std::vector<int32_t> original(padded);
-  const PackedRows<T> packed{panel_buffer.data(), half_norm.data(), original.data(), depth};
-  in_threads(panels, [&](int64_t b, int64_t e) { kernels.pack(rows, {order.data(), centre.data(), nullptr}, b, e, packed); });
+  TileBlock<T> tiles(int64_t first_panel, int64_t last_panel) const {
+    return {packed, packed, begin.data(), end.data(), n, first_panel, last_panel, 0, panels, true};
+  }
+
+  int64_t n, depth, panels, padded;
+  std::vector<T> x;
+  Rows rows;
+  std::vector<int32_t> begin, end;
+  std::vector<T> panel_buffer, half_norm;
+  std::vector<int32_t> original;
+  PackedRows<T> packed;
+};
+
+template <class T>
+void check_batch_hard(const std::string& name, const Kernels<T>& kernels, int64_t n, int64_t depth, std::mt19937& random) {
+  const Points<T> points(kernels, n, depth, random);
+  const Rows& rows = points.rows;
+  const auto square = [&](int64_t i, int64_t j) { return points.square(i, j); };
+  const int64_t padded = points.padded;
 
   const T infinity = std::numeric_limits<T>::infinity();
   std::vector<T> smallest(padded, infinity), largest(padded, -infinity);
   std::vector<int32_t> negatives(padded, INT32_MAX), positives(padded, INT32_MAX);
   const Extremes<T> best{smallest.data(), largest.data(), negatives.data(), positives.data()};
-  kernels.mine({{packed, packed, begin.data(), end.data(), n, 0, panels, 0, panels, true}, best, best});
+  kernels.mine({points.tiles(0, points.panels), best, best});
   for (int64_t i = 0; i < n; ++i) {
     double nearest = 1e300, farthest = -1;
     for (int64_t j = 0; j < n; ++j) {
@@ -115,6 +143,125 @@ void check_batch_hard(const std::string& name, const Kernels<T>& kernels, int64_
   double sum = 0;  // moving all points together changes no distance
   for (T g : grad) sum += double(g);
   expect(std::fabs(sum) < 1e-3, name + ": gradient");
+}
+
+template <class T>
+void keep_nearest(T* value, int32_t* index, int32_t* count, T* limit, int64_t k) {
+  std::vector<std::pair<T, int32_t>> candidates;
+  for (int32_t i = 0; i < *count; ++i) candidates.emplace_back(value[i], index[i]);
+  std::sort(candidates.begin(), candidates.end());
+  if (*count > k) candidates.resize(k), *limit = candidates.back().first;
+  *count = int32_t(candidates.size());
+  for (int32_t i = 0; i < *count; ++i) value[i] = candidates[i].first, index[i] = candidates[i].second;
+}
+
+// The losses of all pairs and the search for neighbours. `filling` elements of -inf lengthen the lists of positives.
+template <class T>
+void check_all_pairs(const std::string& name, const Kernels<T>& kernels, int64_t n, int64_t depth, int64_t filling,
+                     std::mt19937& random) {
+  const Points<T> points(kernels, n, depth, random);
+  const TileBlock<T> tiles = points.tiles(0, points.panels);
+  const int64_t width = kernels.panel_rows, longest = 2 + filling;
+  const auto distance = [&](int64_t i, int64_t j) { return T(std::sqrt(points.square(i, j))); };
+  const auto at = [&](int64_t row, int64_t s) { return row / width * longest * width + s * width + row % width; };
+
+  std::vector<int64_t> list_begin(points.panels + 1);
+  for (int64_t i = 0; i <= points.panels; ++i) list_begin[i] = i * longest * width;
+  std::vector<T> positives(list_begin.back(), -std::numeric_limits<T>::infinity()), active(positives.size()), count(points.padded);
+  in_threads(points.panels, [&](int64_t b, int64_t e) {
+    kernels.positive_distances(points.tiles(b, e), Distance::euclidean, list_begin.data(), positives.data());
+  });
+  for (int64_t i = 0; i < n; ++i) {
+    count[i] = T(points.end[i] - points.begin[i] - 1);
+    for (int64_t j = points.begin[i], s = 0; j < points.end[i]; ++j) {
+      if (j != i) expect(std::fabs(positives[at(i, s++)] - distance(i, j)) < 1e-4, name + ": positive distances");
+    }
+    if (positives[at(i, 0)] < positives[at(i, 1)]) std::swap(positives[at(i, 0)], positives[at(i, 1)]);
+  }
+
+  constexpr double kMargin = 1;
+  int64_t triplets = 0, pairs = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      if (i / 3 == j / 3) continue;
+      pairs += distance(i, j) < std::sqrt(2.0 * double(depth));
+      for (int64_t s = 0; s < int64_t(count[i]); ++s) triplets += double(positives[at(i, s)]) + kMargin > double(distance(i, j));
+    }
+  }
+  const auto balanced = [&](const std::vector<T>& gradient) {
+    double sum = 0, size = 0;  // moving all points together changes no distance
+    for (T g : gradient) sum += double(g), size += std::fabs(double(g));
+    return size > 0 && std::fabs(sum) < 1e-4 * size;
+  };
+  const SortedPositives<T> lists{list_begin.data(), positives.data(), active.data(), count.data()};
+  for (const bool semi_hard : {true, false}) {
+    std::vector<T> gradient(points.padded * depth);
+    BatchAllSums sums;
+    std::fill(active.begin(), active.end(), T(0));
+    kernels.batch_all({tiles, lists, lists, T(kMargin), semi_hard, Distance::euclidean, gradient.data(), gradient.data()}, sums);
+    expect(semi_hard ? sums.active <= triplets : std::llabs(sums.active - triplets) <= 1, name + ": batch-all");
+    expect(balanced(gradient), name + ": gradient of batch-all");
+  }
+  std::vector<T> gradient(points.padded * depth);
+  ContrastiveSums sums;
+  kernels.contrastive_negatives(
+      {tiles, T(std::sqrt(2.0 * double(depth))), true, Distance::euclidean, gradient.data(), gradient.data()}, sums);
+  expect(std::llabs(sums.active - pairs) <= 2, name + ": contrastive");
+  expect(balanced(gradient), name + ": gradient of contrastive");
+
+  std::vector<T> nearest(positives.size(), std::numeric_limits<T>::max()), farthest(points.padded, T(-1));
+  std::vector<int32_t> nearest_index(positives.size(), INT32_MAX), farthest_index(points.padded, INT32_MAX);
+  const SemiHardLists<T> semi_hard{list_begin.data(),    positives.data(), nearest.data(),
+                                   nearest_index.data(), farthest.data(),  farthest_index.data()};
+  kernels.semi_hard({tiles, semi_hard, semi_hard, Distance::euclidean});
+  for (int64_t i = 0; i < n; ++i) {
+    T found = std::numeric_limits<T>::max();
+    for (int64_t s = 0; s < int64_t(count[i]); ++s) {
+      T wanted = std::numeric_limits<T>::max();
+      for (int64_t j = 0; j < n; ++j)
+        if (i / 3 != j / 3 && distance(i, j) > positives[at(i, s)]) wanted = std::min(wanted, distance(i, j));
+      found = std::min(found, nearest[at(i, s)]);
+      expect(wanted == found || std::fabs(wanted - found) < 1e-3, name + ": semi-hard");
+    }
+  }
+
+  const int64_t k = std::min<int64_t>(5, n - 3), capacity = 2 * k + 2 * width;
+  std::vector<T> value(points.padded * capacity), limit(points.padded, std::numeric_limits<T>::max());
+  std::vector<int32_t> index(value.size()), found(points.padded);
+  const NeighborLists<T> neighbors{value.data(), index.data(), found.data(), limit.data(), k, capacity, keep_nearest<T>};
+  kernels.nearest_neighbors({tiles, neighbors, neighbors});
+  for (int64_t i = 0; i < n; ++i) {
+    keep_nearest(&value[i * capacity], &index[i * capacity], &found[i], &limit[i], k);
+    std::vector<T> wanted, got;
+    for (int64_t j = 0; j < n; ++j)
+      if (i / 3 != j / 3) wanted.push_back(distance(i, j));
+    std::sort(wanted.begin(), wanted.end());
+    for (int64_t s = 0; s < k; ++s) {
+      const int64_t j = index[i * capacity + s];
+      expect(found[i] == k && std::fabs(distance(i, j) - wanted[s]) < 1e-4, name + ": neighbours");
+    }
+  }
+
+  // Every row with the next one, on top of what contrastive_negatives has gathered.
+  std::vector<int32_t> row(n), next(n);
+  std::vector<int64_t> pair_begin(n + 1);
+  std::vector<T> d(n), weight(n, T(1)), grad(n * depth);
+  for (int64_t i = 0; i < n; ++i) row[i] = int32_t(i), next[i] = int32_t((i + 1) % n), pair_begin[i + 1] = i + 1;
+  in_threads(n, [&](int64_t b, int64_t e) {
+    kernels.pair_distances(points.rows, points.rows, row.data(), next.data(), Distance::euclidean, b, e, d.data());
+  });
+  for (int64_t i = 0; i < n; ++i) expect(std::fabs(d[i] - distance(i, next[i])) < 1e-5, name + ": pair distances");
+  const PairGradient<T> pair_gradient{points.rows,     points.rows, nullptr,  nullptr,       points.original.data(), gradient.data(), T(1),
+                                      pair_begin.data(), next.data(), d.data(), weight.data(), Distance::euclidean};
+  in_threads(n, [&](int64_t b, int64_t e) { kernels.pair_gradient(pair_gradient, b, e, grad.data()); });
+  for (int64_t i = 0; i < n; ++i) {
+    double own = 0;  // of what the pair adds, which is a unit vector: its length along the pair
+    for (int64_t c = 0; c < depth; ++c) {
+      const double gathered = double(gradient[(i / width * depth + c) * width + i % width]);
+      own += (double(grad[i * depth + c]) - gathered) * double(points.x[i * depth + c] - points.x[next[i] * depth + c]) / double(d[i]);
+    }
+    expect(std::fabs(own - 1) < 1e-2, name + ": pair gradient");
+  }
 }
 
 template <class T>
@@ -172,6 +319,8 @@ template <class T>
 void check_type(const std::string& name, const Kernels<T>& kernels, std::mt19937& random) {
   check_batch_hard(name, kernels, 101, 37, random);
   check_batch_hard(name, kernels, 4, 300, random);
+  check_all_pairs(name, kernels, 101, 37, 0, random);
+  check_all_pairs(name, kernels, 70, 9, kScannedPositives, random);
   for (const bool channels_last : {false, true}) {
     check_gram(name, kernels, 70, 533, channels_last, random);
     check_gram(name, kernels, 3, 5, channels_last, random);

@@ -14,7 +14,15 @@ import pytest
 import torch
 
 import deepsim_ext
-from deepsim_ext import batch_hard_mine, batch_hard_triplet_loss, gram_matrix, reference, style_loss
+from deepsim_ext import (
+    batch_hard_mine,
+    batch_hard_triplet_loss,
+    functional,
+    gram_matrix,
+    nearest_neighbors,
+    reference,
+    style_loss,
+)
 
 from .samples import DISTANCES, DTYPES, balanced_labels, batch_hard_samples, style_samples
 
@@ -71,11 +79,33 @@ def check_everything(capability: str) -> None:
             options = {"normalize": ("hw", "chw")[i % 2]}
             compare(gram_matrix, reference.gram_matrix, sample.tensors[:1], options, 1e-12 if wide else 2e-6)
             compare(style_loss, reference.style_loss, sample.tensors, options, 1e-12 if wide else 1e-5)
+    for dtype in (torch.float32, torch.float64):
+        check_all_pairs(dtype)
     # Several blocks of squares, on as many threads as there are.
     g = torch.Generator().manual_seed(7)
     x, labels = torch.randn(1500, 24, generator=g), balanced_labels(1500, 6, g)
     for a, b in zip(batch_hard_mine(x, labels), reference.batch_hard_mine(x, labels), strict=True):
         assert torch.equal(a, b)
+
+
+def check_all_pairs(dtype: torch.dtype) -> None:
+    """In float32 the choices of the semi-hard losses may differ where rounding decides: they are left out."""
+    wide = dtype is torch.float64
+    samples = [s for s in batch_hard_samples(dtype) if len(s.tensors[0]) <= 200 and s.name != "one_column"]
+    for i, sample in enumerate(samples):
+        for name, options in (
+            ("batch_all_triplet_loss", {"margin": 0.5, "reduction": "mean"}),
+            ("batch_contrastive_loss", {"neg_margin": 3.0, "squared": True, "reduction": "mean"}),
+            *([("batch_semi_hard_triplet_loss", {"margin": 0.5})] if wide else []),
+            *([("batch_semi_hard_triplet_loss", {"margin": 0.5, "definition": "pml"})] if wide else []),
+        ):
+            options = options | {"distance": DISTANCES[i % 3]}
+            functions = getattr(functional, name), getattr(reference, name)
+            compare(*functions, sample.tensors, options, 1e-10 if wide else 3e-5)
+        queries, _, gallery, _ = sample.tensors
+        if len(queries if gallery is None else gallery) > 5:
+            got, expected = (f(queries, gallery, 5) for f in (nearest_neighbors, reference.nearest_neighbors))
+            torch.testing.assert_close(got.distances, expected.distances)
 
 
 def compare(ours, theirs, tensors, options, rtol) -> None:
