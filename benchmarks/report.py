@@ -20,6 +20,8 @@ COLOURS = {
     "torch row-chunked": "#8172b2",
     "one-GEMM Function": "#8172b2",
     "pytorch-metric-learning": "#ccb974",
+    "sentence-transformers": "#55a868",
+    "faiss IndexFlatL2": "#55a868",
 }
 
 EXPLANATION = """\

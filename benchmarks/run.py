@@ -14,12 +14,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from . import bench_batch_hard, bench_style
+from . import bench_all_pairs, bench_batch_hard, bench_style
 from .environment import environment
 from .report import markdown, plots
 from .timing import Record
 
-BENCHES = {bench.NAME: bench for bench in (bench_batch_hard, bench_style)}
+BENCHES = {bench.NAME: bench for bench in (bench_batch_hard, bench_all_pairs, bench_style)}
 
 
 def main(arguments: list[str] | None = None) -> int:
