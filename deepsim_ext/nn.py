@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -33,8 +33,26 @@ class _Options(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-class BatchHardTripletLoss(_Options):
+class _BatchLoss(_Options):
+    """A loss of a labelled batch, or of a batch and a reference set."""
+
+    function: Callable[..., Tensor | TripletLossResult | ContrastiveResult]
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        ref_embeddings: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor | TripletLossResult | ContrastiveResult:
+        """embeddings [N, D], labels int64 [N], references [M, D] and [M]; a scalar or, for "none", [N]."""
+        return self.function(embeddings, labels, ref_embeddings, ref_labels, **self.options)
+
+
+class BatchHardTripletLoss(_BatchLoss):
     """`functional.batch_hard_triplet_loss` as a module; same options, checked at construction."""
+
+    function = staticmethod(functional.batch_hard_triplet_loss)
 
     def __init__(
         self,
@@ -50,21 +68,11 @@ class BatchHardTripletLoss(_Options):
         )
         _checks.batch_hard_options(type(self).__name__, **self.options)
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        ref_embeddings: Tensor | None = None,
-        ref_labels: Tensor | None = None,
-    ) -> Tensor | TripletLossResult:
-        """embeddings [N, D], labels int64 [N], references [M, D] and [M]; a scalar or, for "none", [N]."""
-        return functional.batch_hard_triplet_loss(
-            embeddings, labels, ref_embeddings, ref_labels, **self.options
-        )
 
-
-class BatchSemiHardTripletLoss(_Options):
+class BatchSemiHardTripletLoss(_BatchLoss):
     """`functional.batch_semi_hard_triplet_loss` as a module; same options, checked at construction."""
+
+    function = staticmethod(functional.batch_semi_hard_triplet_loss)
 
     def __init__(
         self,
@@ -86,21 +94,11 @@ class BatchSemiHardTripletLoss(_Options):
         )
         _checks.semi_hard_options(type(self).__name__, **self.options)
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        ref_embeddings: Tensor | None = None,
-        ref_labels: Tensor | None = None,
-    ) -> Tensor | TripletLossResult:
-        """embeddings [N, D], labels int64 [N], references [M, D] and [M]; a scalar."""
-        return functional.batch_semi_hard_triplet_loss(
-            embeddings, labels, ref_embeddings, ref_labels, **self.options
-        )
 
-
-class BatchAllTripletLoss(_Options):
+class BatchAllTripletLoss(_BatchLoss):
     """`functional.batch_all_triplet_loss` as a module; same options, checked at construction."""
+
+    function = staticmethod(functional.batch_all_triplet_loss)
 
     def __init__(
         self,
@@ -113,21 +111,11 @@ class BatchAllTripletLoss(_Options):
         super().__init__(margin=margin, distance=distance, reduction=reduction, return_stats=return_stats)
         _checks.batch_all_options(type(self).__name__, **self.options)
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        ref_embeddings: Tensor | None = None,
-        ref_labels: Tensor | None = None,
-    ) -> Tensor | TripletLossResult:
-        """embeddings [N, D], labels int64 [N], references [M, D] and [M]; a scalar."""
-        return functional.batch_all_triplet_loss(
-            embeddings, labels, ref_embeddings, ref_labels, **self.options
-        )
 
-
-class BatchContrastiveLoss(_Options):
+class BatchContrastiveLoss(_BatchLoss):
     """`functional.batch_contrastive_loss` as a module; same options, checked at construction."""
+
+    function = staticmethod(functional.batch_contrastive_loss)
 
     def __init__(
         self,
@@ -148,18 +136,6 @@ class BatchContrastiveLoss(_Options):
             return_stats=return_stats,
         )
         _checks.batch_contrastive_options(type(self).__name__, **self.options)
-
-    def forward(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        ref_embeddings: Tensor | None = None,
-        ref_labels: Tensor | None = None,
-    ) -> Tensor | ContrastiveResult:
-        """embeddings [N, D], labels int64 [N], references [M, D] and [M]; a scalar."""
-        return functional.batch_contrastive_loss(
-            embeddings, labels, ref_embeddings, ref_labels, **self.options
-        )
 
 
 class ContrastiveLoss(_Options):
