@@ -38,10 +38,10 @@ def profile(folder: Path, *options: str) -> dict:
 
 def test_every_combination_becomes_a_record(tmp_path, capsys):
     grid = ["--rows", "60", "90", "--dims", "8", "--dtypes", "float32", "bfloat16", "--per-class", "3", "5"]
-    losses = ["--losses", "batch_hard", "batch_hard_soft", "mine", "torch_eager"]
+    losses = ["--losses", *profile_mining.LOSSES]
     found = profile(tmp_path, *grid, *losses, "--distances", "euclidean", "cosine", "--seconds", "0.01")
     records = found["records"]
-    assert len(records) == 2 * 2 * 2 * 4 * 2
+    assert len(records) == 2 * 2 * 2 * len(profile_mining.LOSSES) * 2
     skipped = [r for r in records if "skipped" in r]
     assert {(r["loss"], r["distance"]) for r in skipped} == {("torch_eager", "cosine")}
     for r in records:
@@ -57,6 +57,8 @@ def test_every_combination_becomes_a_record(tmp_path, capsys):
         stages = {
             "mine": {"sort", "centre", "pack", "tiles"},
             "torch_eager": set(),
+            "semi_hard": {"sort", "centre", "pack", "positives", "tiles", "recompute", "gradient"},
+            "batch_all": {"sort", "centre", "pack", "positives", "tiles", "gradient"},
         }.get(r["loss"], {"sort", "centre", "pack", "tiles", "recompute", "backward"})
         assert set(r["stages_ms"]) == stages
         assert (r["backward_ms"]["p50"] == 0) == (r["loss"] == "mine")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 # import name -> name on PyPI
 PACKAGES = {"matplotlib": "matplotlib", "tqdm": "tqdm"}
-LOSSES = ("batch_hard", "batch_hard_soft", "mine", "torch_eager")
+LOSSES = ("batch_hard", "batch_hard_soft", "semi_hard", "batch_all", "mine", "torch_eager")
 DISTANCES = ("euclidean", "sqeuclidean", "cosine")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -32,8 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=LOSSES,
         default=["batch_hard"],
-        help="batch_hard_triplet_loss, the same with a soft margin, batch_hard_mine alone, and the usual loss"
-        " of N x N matrices in plain torch",
+        help="batch_hard_triplet_loss, the same with a soft margin, batch_semi_hard_triplet_loss,"
+        " batch_all_triplet_loss, batch_hard_mine alone, and the usual batch-hard loss of N x N matrices in"
+        " plain torch",
     )
     grid.add_argument("--distances", nargs="+", choices=DISTANCES, default=["euclidean"])
     grid.add_argument("--devices", nargs="+", default=["cpu"], help="cpu, cuda, cuda:1, ...")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +26,14 @@ from ..demo import torch_versions
 
 Record = dict[str, Any]
 
+TRIPLET_LOSSES: dict[str, Callable[..., Any]] = {
+    "batch_hard": functional.batch_hard_triplet_loss,
+    "batch_hard_soft": partial(functional.batch_hard_triplet_loss, soft=True),
+    "semi_hard": functional.batch_semi_hard_triplet_loss,
+    "batch_all": functional.batch_all_triplet_loss,
+}
 # As the kernels name them, in their order.
-STAGES = ("sort", "centre", "pack", "tiles", "recompute", "backward")
+STAGES = ("sort", "centre", "pack", "positives", "tiles", "recompute", "gradient", "backward")
 ROTATED = 3  # random inputs, so that no run finds its own in the cache because the last one left it there
 FEWEST_RUNS, MOST_RUNS, PROFILED_RUNS = 3, 200, 3
 PRODUCT_SIDE, COPY_BYTES = 2048, 2**28
@@ -157,12 +164,12 @@ def _peak_dtype(device: str, dtype: str) -> str:
 
 def forward_of(case: Case, margin: float) -> Callable[[Batch], Any]:
     """The call to profile."""
-    options = {"margin": margin, "distance": case.distance}
     if case.loss == "mine":
         return lambda b: functional.batch_hard_mine(*b, distance=case.distance)
     if case.loss == "torch_eager":
         return lambda b: torch_versions.batch_hard_triplet_loss(*b, margin)
-    return lambda b: functional.batch_hard_triplet_loss(*b, soft=case.loss == "batch_hard_soft", **options)
+    loss = TRIPLET_LOSSES[case.loss]
+    return lambda b: loss(*b, margin=margin, distance=case.distance)
 
 
 def reason_to_skip(case: Case) -> str:
@@ -295,14 +302,9 @@ def _peak_bytes(forward: Callable[[Batch], Any], batch: Batch, case: Case) -> in
 
 
 def _statistics(batch: Batch, case: Case, margin: float) -> Record:
-    result = functional.batch_hard_triplet_loss(
-        batch.embeddings.detach(),
-        batch.labels,
-        margin=margin,
-        soft=case.loss == "batch_hard_soft",
-        distance=case.distance,
-        return_stats=True,
-    )
+    loss = TRIPLET_LOSSES.get(case.loss, TRIPLET_LOSSES["batch_hard"])
+    x = batch.embeddings.detach()
+    result = loss(x, batch.labels, margin=margin, distance=case.distance, return_stats=True)
     return {
         "loss_value": float(result.loss),
         "valid_anchors": int(result.valid_anchors),
