@@ -45,7 +45,7 @@ class _BatchLoss(_Options):
         ref_embeddings: Tensor | None = None,
         ref_labels: Tensor | None = None,
     ) -> Tensor | TripletLossResult | ContrastiveResult:
-        """embeddings [N, D], labels int64 [N], references [M, D] and [M]; a scalar or, for "none", [N]."""
+        """embeddings [N, D], labels int64 [N], references [M, D] and [M]; a scalar, or [N] for "none"."""
         return self.function(embeddings, labels, ref_embeddings, ref_labels, **self.options)
 
 

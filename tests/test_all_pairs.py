@@ -298,6 +298,47 @@ def test_a_single_triplet_costs_the_same_in_every_loss():
     torch.testing.assert_close(batch_semi_hard_triplet_loss(*arguments, margin=5.0), hard)
 
 
+@by_loss
+@by_distance
+def test_long_rows_are_nan_or_right_and_never_read_beyond_the_batch(name, distance):
+    loss, options = LOSSES[name]
+    labels = torch.arange(12) // 3
+    direction = torch.randn(12, 6, generator=torch.Generator().manual_seed(1))
+    for length in (1e16, 3e17, 1e18, 2e18, 3e18, 8e18, 1.3e19, 1e20):
+        x = direction / direction.norm(dim=1, keepdim=True) * length
+        x = torch.cat([x, -x]).requires_grad_()
+        value = loss(x, labels.repeat(2), distance=distance, **options)
+        value.backward()
+        exact = twin(loss)(x.detach().double(), labels.repeat(2), distance=distance, **options)
+        if value.isfinite():
+            torch.testing.assert_close(value.detach().double(), exact, rtol=1e-4, atol=1e-6)
+        else:
+            assert value.isnan() or exact > torch.finfo(torch.float32).max
+
+
+@pytest.mark.parametrize("margin", [1e37, 3e38, 1e39, 1e300])
+def test_margins_beyond_everything_count_every_triplet_and_pair_once(margin):
+    x, labels = torch.randn(20, 4), torch.arange(20) // 4
+    result = batch_all_triplet_loss(x, labels, margin=margin, reduction="mean", return_stats=True)
+    assert result.active_triplets == result.triplets == 20 * 3 * 16
+    torch.testing.assert_close(result.loss.item(), torch.tensor(margin, dtype=torch.float32).item())
+    result = batch_contrastive_loss(x, labels, neg_margin=margin, reduction="mean_nonzero", return_stats=True)
+    assert result.active_negative_pairs == result.negative_pairs == 20 * 16
+    assert result.loss > min(0.2 * margin, 3e37)
+
+
+def test_counts_of_large_classes_are_exact():
+    """Beyond 2^24 triplets in a lane of float32."""
+    x, labels = torch.zeros(32, 1), torch.zeros(32, dtype=torch.int64)
+    refs = torch.zeros(400_000, 1)
+    ref_labels = (torch.arange(400_000) >= 266_667).long()
+    result = batch_all_triplet_loss(
+        x, labels, refs, ref_labels, margin=10.0, reduction="mean", return_stats=True
+    )
+    assert result.triplets == result.active_triplets == 32 * 266_667 * 133_333
+    torch.testing.assert_close(result.loss.item(), 10.0)
+
+
 # ---- ways to call ------------------------------------------------------------------------------------------
 
 

@@ -706,3 +706,16 @@ def test_nothing_is_imported_from_the_other_library():
         "assert not {'pytorch_metric_learning', 'sentence_transformers'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_two_batches_through_the_memory_before_one_backward():
+    """The queue is overwritten in between; each loss keeps what it has seen."""
+    g = torch.Generator().manual_seed(40)
+    x, labels = torch.randn(16, 8, generator=g), torch.arange(16) // 4
+    for loss in (ours.ContrastiveLoss(), ours.TripletMarginLoss()):
+        memory, again = ours.CrossBatchMemory(loss, 8, 24), ours.CrossBatchMemory(loss, 8, 24)
+        together, apart = x.clone().requires_grad_(), x.clone().requires_grad_()
+        (memory(together, labels) + memory(together * 1.1, labels)).backward()
+        again(apart, labels).backward()
+        again(apart * 1.1, labels).backward()
+        torch.testing.assert_close(together.grad, apart.grad)

@@ -215,9 +215,50 @@ def triplet_loss(d: Draw) -> Call:
     def check(result: Any) -> bool:
         loss, *stats = result if options["return_stats"] else (result,)
         shape = sets[0].shape[:1] if options["reduction"] == "none" else ()
-        return is_tensor(loss, shape) and len(stats) in (0, 4) and all(is_tensor(s, ()) for s in stats)
+        return is_tensor(loss, shape) and len(stats) in (0, 6) and all(is_tensor(s, ()) for s in stats)
 
     return with_backward(lambda: deepsim_ext.batch_hard_triplet_loss(*sets, **options)), check
+
+
+def all_pairs(d: Draw) -> Call:
+    """A loss over all triplets or pairs of a batch."""
+    sets = batch_sets(d)
+    function, options = d.pick(
+        (deepsim_ext.batch_all_triplet_loss, {"margin": d.number()}),
+        (
+            deepsim_ext.batch_semi_hard_triplet_loss,
+            {"margin": d.number(), "soft": d.flag(), "definition": d.name("facenet", "tfa", "pml")},
+        ),
+        (
+            deepsim_ext.batch_contrastive_loss,
+            {"pos_margin": d.number(), "neg_margin": d.number(), "squared": d.flag()},
+        ),
+    )
+    options |= {
+        "distance": d.name(*DISTANCES),
+        "reduction": d.name("mean", "mean_nonzero", "sum"),
+        "return_stats": d.flag(),
+    }
+
+    def check(result: Any) -> bool:
+        loss, *stats = result if options["return_stats"] else (result,)
+        return is_tensor(loss, ()) and len(stats) in (0, 6) and all(is_tensor(s, ()) for s in stats)
+
+    return with_backward(lambda: function(*sets, **options)), check
+
+
+def neighbors(d: Draw) -> Call:
+    q, g, depth, dtype = d.size(40), d.size(40), d.size(20), d.pick(*FLOATS)
+    queries, k = d.floats(q, depth, dtype=dtype), d.pick(-1, None, 1.5, 2**70) if d.bad() else d.size(12)
+    gallery = d.pick(None, queries, d.floats(g, depth, dtype=dtype))
+
+    def check(result: Any) -> bool:
+        shape = (len(queries), k)
+        rows = len(queries) if gallery is None else len(gallery)
+        return is_tensor(result[0], shape) and bool((result[1] >= -1).all() and (result[1] < rows).all())
+
+    distance = d.name(*DISTANCES)
+    return lambda: deepsim_ext.nearest_neighbors(queries, gallery, k, distance=distance), check
 
 
 def contrastive(d: Draw) -> Call:
@@ -337,7 +378,7 @@ def triplet_loss_backward_op(d: Draw) -> Call:
     saved = (*chosen, d.floats(n, dtype=compute), d.floats(n, dtype=compute))
 
     def check(result: Any) -> bool:
-        ref_shape = (0, *x.shape[1:]) if ref is None else ref.shape
+        ref_shape = (0, x.shape[1]) if ref is None else ref.shape
         return is_tensor(result[0], x.shape, x.dtype) and is_tensor(result[1], ref_shape, x.dtype)
 
     return lambda: ops.batch_hard_triplet_loss_backward(grad, x, ref, *saved, *options), check
@@ -373,7 +414,19 @@ def style_op(d: Draw) -> Call:
     ), lambda r: is_tensor(r[0], ()) and is_tensor(r[1], (f.shape[0], f.shape[1], f.shape[1]))
 
 
-FUNCTIONS = (mine, triplet_loss, triplet_loss, contrastive, gram, style, style, content)
+FUNCTIONS = (
+    mine,
+    triplet_loss,
+    triplet_loss,
+    all_pairs,
+    all_pairs,
+    neighbors,
+    contrastive,
+    gram,
+    style,
+    style,
+    content,
+)
 # The backward op more often: it is handed the indices that it reads by.
 OPS = (mine_op, triplet_loss_op, *(triplet_loss_backward_op,) * 3, gram_op, gram_backward_op, style_op)
 KINDS = FUNCTIONS + OPS

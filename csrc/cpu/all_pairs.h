@@ -70,6 +70,12 @@ std::vector<int32_t> sort_descending(const PackedPairs<T>& pairs, PositiveLists<
 }
 
 
+// A margin in T that stays below what stands for "no pair", a distance added to it included.
+template <class T>
+T comparable_margin(double margin) {
+  return T(std::min(margin, double(std::numeric_limits<T>::max() / 4)));
+}
+
 // Panels on a side of a square. By the shape alone: two blocks of a square and their gradients should stay in L2.
 template <class T>
 int64_t square_panels(const PackedPairs<T>& pairs) {
@@ -79,15 +85,15 @@ int64_t square_panels(const PackedPairs<T>& pairs) {
   return std::clamp<int64_t>(std::min(kBlockBytes / panel_bytes, panels / kFewestBlocks), 1, kMostPanels);
 }
 
-// Calls run(tiles, sums) for every square of pairs, with exclusive use of its rows and columns, and returns the squares' sums.
+// Calls run(tiles, sums) for every square of pairs, with exclusive use of its rows and columns and of its row block's sums. Returns these.
 template <class Sums, class T, class Run>
 std::vector<Sums> over_squares(const PackedPairs<T>& pairs, Run run) {
   const Stage stage("tiles");
   const int64_t side = square_panels(pairs), row_panels = pairs.rows.panels, column_panels = pairs.columns().panels;
   const Rounds rounds((row_panels + side - 1) / side, (column_panels + side - 1) / side, pairs.symmetric);
-  std::vector<Sums> sums(rounds.squares());
-  rounds.for_each([&](int64_t square, int64_t i, int64_t j) {
-    run(pairs.tiles(i * side, std::min((i + 1) * side, row_panels), j * side, std::min((j + 1) * side, column_panels)), sums[square]);
+  std::vector<Sums> sums((row_panels + side - 1) / side);
+  rounds.for_each([&](int64_t i, int64_t j) {
+    run(pairs.tiles(i * side, std::min((i + 1) * side, row_panels), j * side, std::min((j + 1) * side, column_panels)), sums[i]);
   });
   return sums;
 }
@@ -192,7 +198,9 @@ template <class T>
 LossWithGradient loss_with_gradient(const at::Tensor& x, double loss, const std::vector<int64_t>& counts,
                                     const std::vector<double>& means) {
   const auto options = x.options().dtype(c10::CppTypeToScalarType<T>::value);
-  return {at::full({}, loss, options), at::tensor(counts, x.options().dtype(at::kLong)), at::tensor(means, options),
+  // Rounded here: what is too large for T becomes inf, which torch takes for a mistake.
+  const std::vector<T> rounded(means.begin(), means.end());
+  return {at::full({}, double(T(loss)), options), at::tensor(counts, x.options().dtype(at::kLong)), at::tensor(rounded, options),
           at::empty({0, x.size(1)}, options), at::empty({0, x.size(1)}, options)};
 }
 

@@ -37,7 +37,7 @@ void restore_order(const PackedPairs<T>& pairs, const std::vector<int32_t>& slot
 
 template <class T>
 LossWithGradient loss_forward(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& labels, const OptionalTensor& ref,
-                              const OptionalTensor& ref_labels, T margin, bool semi_hard, Distance distance, SumReduction reduction,
+                              const OptionalTensor& ref_labels, double margin, bool semi_hard, Distance distance, SumReduction reduction,
                               bool with_gradient) {
   const PackedPairs<T> pairs = pack_pairs(kernels, x, labels, ref, ref_labels, distance);
   int64_t valid_anchors = 0, triplets = 0;
@@ -54,7 +54,7 @@ LossWithGradient loss_forward(const Kernels<T>& kernels, const at::Tensor& x, co
   const SortedPositives<T> positives{lists.begin.data(), lists.distance.data(), active.data(), lists.count.data()};
   BatchAllSums sums;
   for (const BatchAllSums& s : over_squares<BatchAllSums>(pairs, [&](const TileBlock<T>& tiles, BatchAllSums& sum) {
-         kernels.batch_all({tiles, positives, positives, margin, semi_hard, distance, gathered.row_data(), gathered.column_data()}, sum);
+         kernels.batch_all({tiles, positives, positives, comparable_margin<T>(margin), semi_hard, distance, gathered.row_data(), gathered.column_data()}, sum);
        })) {
     sums.active += s.active;
     sums.triplets += s.triplets;
@@ -62,23 +62,28 @@ LossWithGradient loss_forward(const Kernels<T>& kernels, const at::Tensor& x, co
     sums.d_an += s.d_an;
   }
 
+  if (!std::isfinite(sums.active_d_an)) return not_finite<T>(x, ref, {valid_anchors, 0, 0}, with_gradient);  // it did not fit into T
+
   restore_order(pairs, slot, lists, active);
   slot = {};
-  double limits = 0, d_ap = 0;
+  // Counts of pairs are exact; those of tiles have gone through T.
+  double limits = 0, d_ap = 0, active_triplets = 0;
   for (int64_t p = 0; p < pairs.rows.count; ++p) {
     for (int64_t s = 0; s < pairs.positive_count(p); ++s) {
       const double d = double(lists.distance[lists.at(p, s)]), n = double(active[lists.at(p, s)]);
-      limits += n * (d + double(margin));
+      limits += n * (d + margin);
+      active_triplets += n;
       d_ap += d * (semi_hard ? n : double(pairs.negative_count(p)));
     }
   }
   // Semi-hard triplets without a loss have d_ap = d_an - margin.
-  if (semi_hard) d_ap += sums.d_an - sums.active_d_an - double(sums.triplets - sums.active) * double(margin);
-  const int64_t divisor = reduction == SumReduction::sum ? 1 : reduction == SumReduction::mean ? sums.triplets : sums.active;
+  if (semi_hard) d_ap += sums.d_an - sums.active_d_an - double(sums.triplets - sums.active) * margin;
+  triplets = semi_hard ? int64_t(active_triplets) + sums.triplets - sums.active : triplets;
+  const int64_t divisor = reduction == SumReduction::sum ? 1 : reduction == SumReduction::mean ? triplets : int64_t(active_triplets);
   const double scale = 1 / double(std::max<int64_t>(1, divisor));
   LossWithGradient result =
-      loss_with_gradient<T>(x, std::max(0.0, limits - sums.active_d_an) * scale, {valid_anchors, sums.triplets, sums.active},
-                            {ratio(d_ap, sums.triplets), ratio(sums.d_an, sums.triplets)});
+      loss_with_gradient<T>(x, std::max(0.0, limits - sums.active_d_an) * scale, {valid_anchors, triplets, int64_t(active_triplets)},
+                            {ratio(d_ap, triplets), ratio(sums.d_an, triplets)});
   if (!with_gradient) return result;
   const auto weight = [&](int64_t p, int64_t s) { return T(scale) * active[lists.at(p, s)]; };
   result.grad = finish_gradient(kernels, x, pairs.rows, ref ? *ref : x, pairs.columns(), gathered.row_data(), T(scale),
@@ -101,7 +106,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_all
   const OptionalTensor ref = ref_embeddings ? OptionalTensor(with_adjacent_columns(*ref_embeddings)) : std::nullopt;
   return dispatch(x.scalar_type(), [&](const auto& kernels) {
     using T = typename std::decay_t<decltype(kernels)>::Compute;
-    const LossWithGradient l = loss_forward<T>(kernels, x, labels, ref, ref_labels, T(margin), semi_hard, d, r, with_gradient);
+    const LossWithGradient l = loss_forward<T>(kernels, x, labels, ref, ref_labels, margin, semi_hard, d, r, with_gradient);
     return std::tuple(l.loss, l.counts, l.means, l.grad, l.grad_ref);
   });
 }

@@ -47,12 +47,14 @@ LossWithGradient loss_forward(const Kernels<T>& kernels, const at::Tensor& x, co
   ContrastiveSums sums;
   for (const ContrastiveSums& s : over_squares<ContrastiveSums>(pairs, [&](const TileBlock<T>& tiles, ContrastiveSums& sum) {
          kernels.contrastive_negatives(
-             {tiles, T(options.neg_margin), options.squared, options.distance, gathered.row_data(), gathered.column_data()}, sum);
+             {tiles, comparable_margin<T>(options.neg_margin), options.squared, options.distance, gathered.row_data(), gathered.column_data()}, sum);
        })) {
     sums.active += s.active;
     sums.loss += s.loss;
     sums.distance += s.distance;
   }
+  if (sums.active > 0 && options.neg_margin > double(comparable_margin<T>(options.neg_margin)))
+    sums.loss = std::numeric_limits<double>::infinity();  // as it would be in T
 
   const auto scale = [&](int64_t active) {
     const int64_t divisor = options.reduction == SumReduction::sum    ? 1

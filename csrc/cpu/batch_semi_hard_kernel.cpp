@@ -45,6 +45,7 @@ Triplets mine(const Kernels<T>& kernels, const PackedPairs<T>& pairs, Distance d
         best = nearest[at];
         best_index = nearest_index[at];
       }
+      TORCH_INTERNAL_ASSERT(best_index != kNobody || farthest_index[p] != kNobody);
       triplets.anchor.push_back(pairs.rows.original[p]);
       triplets.positive.push_back(pairs.columns().original[positive_column(pairs, p, slot[at])]);
       triplets.negative.push_back(best_index == kNobody ? farthest_index[p] : best_index);

@@ -113,10 +113,11 @@ void round_center(const Kernels<T>& kernels, const Rows& x, std::vector<double>&
   for (double& c : center) c = std::round(c / grid) * grid;
 }
 
-// False for a NaN or inf in the rows, and for rows so long (1e18 in float32) that |a - b|^2 / 2 could overflow.
+// False for a NaN or inf in the rows, and for rows so long (1e18 in float32) that |a - b|^2 could come near to overflow: it is at most
+// eight times the larger |.|^2 / 2.
 template <class T>
 bool can_be_compared(const PackedPoints<T>& p) {
-  const T limit = std::numeric_limits<T>::max() / 8;
+  const T limit = std::numeric_limits<T>::max() / 32;
   return std::all_of(p.half_norm.begin(), p.half_norm.begin() + p.count, [limit](T h) { return h < limit; });
 }
 

@@ -16,20 +16,16 @@ class Rounds {
   Rounds(int64_t row_blocks, int64_t column_blocks, bool symmetric)
       : rows_(row_blocks), columns_(column_blocks), symmetric_(symmetric), even_(row_blocks + row_blocks % 2) {}
 
-  int64_t squares() const { return symmetric_ ? rows_ * (rows_ + 1) / 2 : rows_ * columns_; }
-
-  // Calls run(square, row block, column block), squares of a round by several threads at once; `square` numbers them.
+  // Calls run(row block, column block), squares of a round by several threads at once.
   template <class Run>
   void for_each(Run run) const {
-    int64_t done = 0;
     const auto round = [&](int64_t count, auto blocks_of) {
       at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
         for (int64_t k = begin; k < end; ++k) {
           const auto [i, j] = blocks_of(k);
-          run(done + k, i, j);
+          run(i, j);
         }
       });
-      done += count;
     };
     if (!symmetric_) {
       const int64_t fewer = std::min(rows_, columns_), more = std::max(rows_, columns_);

@@ -487,7 +487,8 @@ class CrossBatchMemory(nn.Module):
             self.add_to_memory(embeddings[enqueue_mask], labels[enqueue_mask], int(enqueue_mask.sum()))
             embeddings, labels, own = embeddings[~enqueue_mask], labels[~enqueue_mask], None
         filled = self.memory_size if self.has_been_filled else self.queue_idx
-        memory = self.embedding_memory[:filled], self.label_memory[:filled]
+        # Copies: the next call overwrites the queue, perhaps before this one's backward.
+        memory = self.embedding_memory[:filled].clone(), self.label_memory[:filled].clone()
 
         if self.miner is None and indices_tuple is None and isinstance(self.loss, _Loss):
             batch = self.loss._batch(embeddings, labels, *memory, own)
