@@ -23,7 +23,7 @@ def batch_all_triplet_loss(
     """Triplet loss `relu(d_ap - d_an + margin)` of all triplets of an anchor, a positive and a negative.
 
     Source: Hermans, Beyer, Leibe, "In Defense of the Triplet Loss for Person Re-Identification" (2017), eq.
-    6; the mean over losses above 0 is of its section 3.2. Every negative is held against its anchor's
+    6; it also proposes the mean over losses above 0. Every negative is held against its anchor's
     positives sorted by distance, so that time is O(N^2 (D + log K)) and memory O(N (D + K)), K = the largest
     class.
 

@@ -54,7 +54,9 @@ LossWithGradient loss_forward(const Kernels<T>& kernels, const at::Tensor& x, co
   const SortedPositives<T> positives{lists.begin.data(), lists.distance.data(), active.data(), lists.count.data()};
   BatchAllSums sums;
   for (const BatchAllSums& s : over_squares<BatchAllSums>(pairs, [&](const TileBlock<T>& tiles, BatchAllSums& sum) {
-         kernels.batch_all({tiles, positives, positives, comparable_margin<T>(margin), semi_hard, distance, gathered.row_data(), gathered.column_data()}, sum);
+         kernels.batch_all({tiles, positives, positives, comparable_margin<T>(margin), semi_hard, distance, gathered.row_data(),
+                            gathered.column_data()},
+                           sum);
        })) {
     sums.active += s.active;
     sums.triplets += s.triplets;
