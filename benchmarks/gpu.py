@@ -23,7 +23,7 @@ from torch import Tensor
 import deepsim_ext
 from tests.samples import VGG19_LAYERS, balanced_labels
 
-from . import baselines
+from . import baselines, bench_all_pairs
 from .environment import environment
 
 Record = dict[str, Any]
@@ -43,6 +43,8 @@ COMPILED_PICTURES = (512,)
 # Ways of mining (DEEPSIM_CUDA_MINING), and where one may overtake another.
 WAYS = ("direct", "mma", "wgmma")
 CROSSOVER = tuple((n, d) for n in (512, 1024, 2048, 4096) for d in (64, 128, 512))
+PAIR_ROWS = (4096, 1024, 16384)
+NEIGHBORS = ((8192, 10), (65536, 10))  # rows, k
 PICTURES = ((512, 1), (256, 1), (1024, 1), (512, 8), (2048, 1))
 ROTATED = 4  # inputs
 RUNS = 20
@@ -133,6 +135,44 @@ def batch_hard_case(n: int, d: int, precision: str) -> list[Record]:
     return [{"op": "batch_hard", "case": f"N={n} D={d} {precision}"} | r for r in records]
 
 
+def all_pairs_case(name: str, n: int, precision: str) -> list[Record]:
+    """A loss over all triplets or pairs of rows of 128 columns."""
+    dtype, _ = PRECISIONS[precision]
+    d, per_class = bench_all_pairs.D, bench_all_pairs.K
+    inputs = [
+        (
+            [torch.randn(n, d, device="cuda").to(dtype).requires_grad_()],
+            [balanced_labels(n, per_class).cuda()],
+        )
+        for _ in range(ROTATED)
+    ]
+    eager = bench_all_pairs.EAGER[name]
+    elements = n * n * (1 if name == "contrastive" else per_class)
+    too_large = MATRICES * elements * 4 > torch.cuda.mem_get_info()[0]
+    ours = bench_all_pairs.OURS[name]
+    records = guarded("deepsim_ext", lambda x, c: ours(x[0], c[0]), inputs, "")
+    records += guarded(
+        "torch eager",
+        lambda x, c: eager(x[0].float(), c[0]),
+        inputs,
+        "matrices do not fit" if too_large else "",
+    )
+    with torch.no_grad():
+        times = device_times([lambda i=i: torch.mm(i[0][0], i[0][0].T) for i in inputs])
+    records.append({"contender": "product", "phase": "forward"} | summary(times))
+    return [{"op": name, "case": f"N={n} D={d} {precision}"} | r for r in records]
+
+
+def neighbors_case(n: int, k: int, precision: str) -> list[Record]:
+    inputs = [torch.randn(n, 128, device="cuda").to(PRECISIONS[precision][0]) for _ in range(ROTATED)]
+    times = device_times([lambda x=x: deepsim_ext.nearest_neighbors(x, None, k) for x in inputs])
+    records = [{"contender": "deepsim_ext", "phase": "both", "peak_mib": float("nan")} | summary(times)]
+    if 2 * n * n * 4 < torch.cuda.mem_get_info()[0]:
+        times = device_times([lambda x=x: torch.cdist(x.float(), x.float()).topk(k) for x in inputs])
+        records.append({"contender": "torch eager", "phase": "both"} | summary(times))
+    return [{"op": "neighbors", "case": f"N={n} D=128 k={k} {precision}"} | r for r in records]
+
+
 def crossover_case(n: int, d: int, precision: str) -> list[Record]:
     """The ways of mining side by side, to choose among them by."""
     inputs = [
@@ -198,8 +238,15 @@ def cases() -> list[tuple[str, Callable[[], list[Record]]]]:
         for n, d in CROSSOVER
         for p in ("float32", "bfloat16")
     ]
+    pairs = [
+        (p, lambda name=name, n=n, p=p: all_pairs_case(name, n, p))
+        for n in PAIR_ROWS
+        for p in ("float32", "bfloat16")
+        for name in bench_all_pairs.OURS
+    ]
+    pairs += [("float32", lambda n=n, k=k: neighbors_case(n, k, "float32")) for n, k in NEIGHBORS]
     # In turn, so that whatever time allows has some of each.
-    groups = itertools.zip_longest(batches, styles, crossovers)
+    groups = itertools.zip_longest(batches, styles, pairs, crossovers)
     return [case for group in groups for case in group if case is not None]
 
 

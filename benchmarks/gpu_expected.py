@@ -72,6 +72,31 @@ def batch_hard(n: int, d: int, split: bool, itemsize: int, way: str) -> list[Sta
     ]
 
 
+def all_pairs(n: int, d: int, itemsize: int) -> list[Stage]:
+    """Forward and backward of batch-all with every negative active: by plain arithmetic, in every dtype."""
+    stripe = min(n, max(64, 2**22 // n // 64 * 64))
+    stripes = math.ceil(n / stripe)
+    differences = 2 * n * n * d  # a subtraction and a multiplication with addition for each
+    matrix = 4 * n * n
+    return [
+        Stage(
+            "distances",
+            memory=n * d * itemsize,
+            l2=matrix + n * n / 32 * d * itemsize,
+            plain=differences,
+            launches=stripes,
+        ),
+        Stage("rows", l2=4 * matrix + 3 * 8 * n * n, plain=40 * n * n, launches=stripes),
+        Stage(
+            "pull",
+            l2=2 * (matrix * d / 64 + n * n / 32 * d * itemsize),
+            plain=2 * differences,
+            launches=3 * stripes,
+        ),
+        Stage("finish", memory=8 * n * d, launches=3),
+    ]
+
+
 def style(side: int, itemsize: int) -> list[Stage]:
     """Forward and backward of the five layers of VGG19, one after another."""
     stages = []
@@ -111,6 +136,12 @@ def main() -> int:
         for way in HALF_FLOPS
         for name, split, itemsize in (("float32", True, 4), ("tf32", False, 4), ("bfloat16", False, 2))
         for n in (4096, 16384, 65536)
+        for d in (128, 512)
+    ]
+    cases += [
+        (f"batch-all N={n} D={d} {name}", all_pairs(n, d, itemsize))
+        for name, itemsize in (("float32", 4), ("bfloat16", 2))
+        for n in (1024, 4096, 16384)
         for d in (128, 512)
     ]
     cases += [

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from .reference.distances import rowwise
 
 
 def triplet_margin_loss(
@@ -60,10 +61,10 @@ def triplet_margin_loss(
     )
     dtype = _checks.compute_dtype(a)
     a, p, n = a.to(dtype), p.to(dtype), n.to(dtype)
-    d_an = _distance(a, n, distance)
+    d_an = rowwise(a, n, distance)
     if swap:
-        d_an = torch.minimum(d_an, _distance(p, n, distance))
-    gap = _distance(a, p, distance) - d_an
+        d_an = torch.minimum(d_an, rowwise(p, n, distance))
+    gap = rowwise(a, p, distance) - d_an
     # Beyond the threshold softplus(z) is taken to be z; exp(-40) is below the rounding of a float64.
     loss = torch.nn.functional.softplus(gap, threshold=40) if soft else (gap + margin).relu()
     # Looked for in the embeddings: relu hides a negative that is infinitely far.
@@ -74,22 +75,3 @@ def triplet_margin_loss(
     if reduction == "mean_nonzero":
         return loss.sum() / (loss > 0).sum().clamp(min=1)
     return loss.sum() / max(loss.shape[0], 1) if reduction == "mean" else loss.sum()
-
-
-def _distance(a: Tensor, b: Tensor, distance: str) -> Tensor:
-    """[T] distances between the rows of a and b, [T, D] each."""
-    if distance == "cosine":
-        # Of unit vectors 1 - a.b = |a - b|^2 / 2, which does not cancel where they are close.
-        a_squared, b_squared = a.square().sum(dim=1), b.square().sum(dim=1)
-        zero = (a_squared == 0) | (b_squared == 0)
-        unit_a = a / _sqrt(a_squared, at_zero=1.0)[:, None]
-        unit_b = b / _sqrt(b_squared, at_zero=1.0)[:, None]
-        return torch.where(zero, 1.0, (unit_a - unit_b).square().sum(dim=1) / 2)
-    squared = (a - b).square().sum(dim=1)
-    return _sqrt(squared, at_zero=0.0) if distance == "euclidean" else squared
-
-
-def _sqrt(x: Tensor, *, at_zero: float) -> Tensor:
-    """sqrt never sees a zero: its infinite slope there makes gradients NaN even where they are masked out."""
-    zero = x == 0
-    return torch.where(zero, at_zero, torch.where(zero, 1.0, x).sqrt())

@@ -29,8 +29,13 @@ REGISTERS, MOST_THREADS, SYSTEM_SHARED_BYTES = 65536, 2048, 1024
 
 # The largest dynamic shared memory that a kernel is launched with, by its name in the source.
 SHARED_SOURCE = """
+#include "csrc/cuda/all_pairs.cu"
+#include "csrc/cuda/batch_all.cu"
+#include "csrc/cuda/batch_contrastive.cu"
 #include "csrc/cuda/batch_hard.cu"
+#include "csrc/cuda/batch_semi_hard.cu"
 #include "csrc/cuda/gram.cu"
+#include "csrc/cuda/nearest_neighbors.cu"
 using namespace deepsim::cuda;
 int main() {
   std::printf("centre_sums_kernel %zu\\n", kCentreThreads * sizeof(double));
@@ -39,6 +44,13 @@ int main() {
   std::printf("mine_wgmma_kernel %zu\\n", sizeof(WgmmaShared));
   std::printf("finish_kernel %zu\\n", sizeof(LossShared<double>));
   std::printf("gradient_kernel %zu\\n", sizeof(GradientShared));
+  std::printf("pair_distances_kernel %zu\\n", sizeof(DirectElements<double>));
+  std::printf("batch_all_rows_kernel %zu\\n", sizeof(BatchAllShared<double>));
+  std::printf("contrastive_rows_kernel %zu\\n", sizeof(RowSumsShared));
+  std::printf("semi_hard_rows_kernel %zu\\n", sizeof(SemiHardShared<double>));
+  std::printf("nearest_rows_kernel %zu\\n", sizeof(NearestShared<double>));
+  std::printf("finish_sums_kernel %zu\\n", sizeof(RowSumsShared));
+  std::printf("pull_kernel %zu\\n", sizeof(PullShared<double>));
   std::printf("gram_tiles_kernel %zu\\n", sizeof(ProductShared<TensorProduct<true, true>>));
   std::printf("gram_gradient_kernel %zu\\n", sizeof(ProductShared<TensorProduct<true, true>>));
   std::printf("gram_reduce_kernel %zu\\n", sizeof(ReduceShared));
@@ -70,6 +82,16 @@ EXPECTATIONS = {
     "finish_kernel": Expectation(least_blocks=2),
     "count_kernel": Expectation(),
     "gradient_kernel": Expectation(least_blocks=2),
+    "pair_distances_kernel": Expectation(least_blocks=2),
+    "batch_all_rows_kernel": Expectation(least_blocks=2),
+    "contrastive_rows_kernel": Expectation(least_blocks=2),
+    "semi_hard_rows_kernel": Expectation(least_blocks=2),
+    "nearest_rows_kernel": Expectation(least_blocks=2),
+    "nobody_near_kernel": Expectation(),
+    "finish_sums_kernel": Expectation(),
+    "pull_kernel": Expectation(),
+    "add_splits_kernel": Expectation(),
+    "finish_gradient_kernel": Expectation(),
     "gram_tiles_kernel": Expectation(tensor_cores=True, least_blocks=2),
     "gram_reduce_kernel": Expectation(),
     "symmetrise_kernel": Expectation(),

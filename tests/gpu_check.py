@@ -49,6 +49,7 @@ def steps(folder: Path, scratch: Path) -> list[tuple[str, list[str], int]]:
     install = [PYTHON, "-m", "pip", "install", "--no-index", "--no-deps"]
     install += ["--target", str(scratch / "packages")]
     suite = ["tests/test_batch_hard.py", "tests/test_gram.py"]
+    pairs = ["tests/test_nearest_neighbors.py", "tests/test_all_pairs.py"]
     result = [
         ("gpu", ["nvidia-smi"], 20),
         *([("wheels", [*install, *wheels], 60)] if wheels else []),
@@ -61,6 +62,7 @@ def steps(folder: Path, scratch: Path) -> list[tuple[str, list[str], int]]:
         ("suite", pytest("--on-cuda", *suite, "-k", "not gradcheck"), 150),
         ("suite, mma", pytest("--on-cuda", suite[0], "-k", "not gradcheck"), 60),
         *([("suite, wgmma", pytest("--on-cuda", suite[0], "-k", "not gradcheck"), 60)] if hopper else []),
+        ("pairs", pytest("--on-cuda", *pairs, "-k", "not gradcheck"), 120),
         ("gpu only", pytest("tests/test_cuda.py"), 90),
         ("benchmark", [PYTHON, "-m", "benchmarks.gpu", str(folder), "--seconds", "150"], 220),
     ]

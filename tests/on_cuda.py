@@ -7,11 +7,15 @@ from typing import Any
 import torch
 
 OPS = (
+    "batch_all_triplet_loss",
+    "batch_contrastive_loss",
     "batch_hard_mine",
     "batch_hard_triplet_loss",
     "batch_hard_triplet_loss_backward",
+    "batch_semi_hard_triplet_loss",
     "gram_matrix",
     "gram_matrix_backward",
+    "nearest_neighbors",
     "style_loss",
 )
 

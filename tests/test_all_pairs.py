@@ -37,7 +37,7 @@ LOSSES = {
         batch_semi_hard_triplet_loss,
         {"soft": True, "definition": "tfa", "reduction": "sum"},
     ),
-    "contrastive-mean_nonzero": (batch_contrastive_loss, {"pos_margin": 0.3, "neg_margin": 3.0}),
+    "contrastive-mean_nonzero": (batch_contrastive_loss, {"pos_margin": 0.3, "neg_margin": 3.1}),
     "contrastive-mean": (
         batch_contrastive_loss,
         {"pos_margin": 0.3, "neg_margin": 3.0, "squared": True, "reduction": "mean"},
@@ -314,6 +314,19 @@ def test_long_rows_are_nan_or_right_and_never_read_beyond_the_batch(name, distan
             torch.testing.assert_close(value.detach().double(), exact, rtol=1e-4, atol=1e-6)
         else:
             assert value.isnan() or exact > torch.finfo(torch.float32).max
+
+
+@pytest.mark.parametrize("margin", [0.1, 0.7, 1.1, 3.1])
+def test_margins_that_float32_rounds_either_way(margin):
+    x, labels = torch.randn(40, 4) * 0.3, torch.arange(40) // 4
+    for loss, options in (
+        (batch_contrastive_loss, {"neg_margin": margin}),
+        (batch_contrastive_loss, {"pos_margin": margin, "neg_margin": 2 * margin}),
+        (batch_all_triplet_loss, {"margin": margin}),
+        (batch_semi_hard_triplet_loss, {"margin": margin}),
+    ):
+        exact = twin(loss)(x.double(), labels, **options)
+        torch.testing.assert_close(loss(x, labels, **options).double(), exact, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("margin", [1e37, 3e38, 1e39, 1e300])

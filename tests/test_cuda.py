@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 
-from deepsim_ext import batch_hard_triplet_loss, gram_matrix, reference, style_loss
+from deepsim_ext import (
+    batch_all_triplet_loss,
+    batch_contrastive_loss,
+    batch_hard_triplet_loss,
+    batch_semi_hard_triplet_loss,
+    gram_matrix,
+    nearest_neighbors,
+    reference,
+    style_loss,
+)
 
 from .samples import balanced_labels
 
@@ -18,9 +30,18 @@ def batch(n: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Ten
     return torch.randn(n, d, device="cuda").to(dtype).requires_grad_(), balanced_labels(n, 4).cuda()
 
 
-def step(x: torch.Tensor, labels: torch.Tensor, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
-    loss = batch_hard_triplet_loss(x, labels, **options)
-    return loss.detach(), torch.autograd.grad(loss, x)[0]
+PAIR_LOSSES = {
+    "batch_all": batch_all_triplet_loss,
+    "semi_hard": batch_semi_hard_triplet_loss,
+    "contrastive": partial(batch_contrastive_loss, neg_margin=12.0),
+}
+
+
+def step(
+    x: torch.Tensor, labels: torch.Tensor, loss: Callable[..., torch.Tensor] = batch_hard_triplet_loss
+) -> tuple[torch.Tensor, torch.Tensor]:
+    value = loss(x, labels)
+    return value.detach(), torch.autograd.grad(value, x)[0]
 
 
 def style_step(f: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,35 +65,41 @@ def test_nothing_waits_for_the_device():
     x, labels = batch(3000, 64)
     f = torch.randn(1, 64, 50, 50, device="cuda", requires_grad=True)
     target = gram_matrix(torch.randn_like(f)).detach()
-    step(x, labels, return_stats=False)
+    losses = (batch_hard_triplet_loss, *PAIR_LOSSES.values())
+    for loss in losses:
+        step(x, labels, loss)
     style_step(f, target)
+    nearest_neighbors(x, None, 5)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(x, labels)
+        for loss in losses:
+            step(x, labels, loss)
         style_step(f, target)
+        nearest_neighbors(x, None, 5)
         batch_hard_triplet_loss(x, labels, return_stats=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("loss", [batch_hard_triplet_loss, *PAIR_LOSSES.values()])
 @pytest.mark.parametrize("n", [200, 3000, 9000])
-def test_graph_capture_and_replay(n):
+def test_graph_capture_and_replay(n, loss):
     x, labels = batch(n, 96)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            step(x, labels)
+            step(x, labels, loss)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(x, labels)
+        captured = step(x, labels, loss)
     for _ in range(2):
         with torch.no_grad():
             x.copy_(torch.randn_like(x))
         graph.replay()
-        for got, expected in zip(captured, step(x, labels), strict=True):
+        for got, expected in zip(captured, step(x, labels, loss), strict=True):
             assert torch.equal(got, expected)
 
 
@@ -81,16 +108,45 @@ def test_graph_capture_and_replay(n):
 def test_memory(n, d, dtype, distance):
     """At most 64 N bytes beyond the gradient or, before there is one, a packed copy of the input."""
     x, labels = batch(n, d, dtype)
-    step(x, labels, distance=distance)
+    loss = partial(batch_hard_triplet_loss, distance=distance)
+    step(x, labels, loss)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    result = step(x, labels, distance=distance)
+    result = step(x, labels, loss)
     peak = torch.cuda.max_memory_allocated() - before
     gradient = n * d * x.element_size()
     packed = n * -(-d * x.element_size() // 128) * 128  # in chunks of 128 bytes
     assert peak <= max(gradient, packed) + 64 * n + 2**20
     assert result[0].isfinite()
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_losses_of_all_pairs_of_large_batches(name, dtype):
+    """Against float64 by the same kernels, whose arithmetic alone differs. The same bits every time."""
+    loss = PAIR_LOSSES[name]
+    x, labels = batch(6000, 128, dtype)
+    step(x, labels, loss)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    value, grad = step(x, labels, loss)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before <= 3 * x.numel() * 4 + 64 * 2**20
+    exact, exact_grad = step(x.detach().double().requires_grad_(), labels, loss)
+    torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=0)
+    tolerance = 0.02 if name == "semi_hard" else 1e-4 if dtype is torch.float32 else 5e-3
+    assert (grad.double() - exact_grad).norm() <= tolerance * exact_grad.norm()
+    assert all(torch.equal(a, b) for a, b in zip(step(x, labels, loss), (value, grad), strict=True))
+
+
+def test_neighbours_in_a_large_gallery():
+    gallery = torch.randn(100_000, 64, device="cuda")
+    found = nearest_neighbors(gallery[:500], gallery, 20)
+    exact = torch.cdist(gallery[:500].double(), gallery.double()).topk(20, largest=False)
+    torch.testing.assert_close(found.distances.double(), exact.values, rtol=1e-5, atol=1e-6)
+    assert (found.indices == exact.indices).float().mean() > 0.999
 
 
 def test_a_million_rows():

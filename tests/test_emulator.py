@@ -58,46 +58,81 @@ EMPTY_WAIT = (
 )
 ARRIVAL = "    if (lane == 0) ptx::mbarrier_arrive(&shared.empty[stage]);\n"
 PRODUCTS_WAIT = "    ptx::wgmma_wait<0>(products.fragment[0]);\n"
+SORTED = "      }\n      __syncthreads();\n    }\n  }\n}\n\n// How many"
+OTHERS = "    __syncthreads();\n#pragma unroll\n    for (int o = 0;"
+NO_PULL = "    if (shared.pulls[step % 2] == 0) continue;\n"
+OWN_INSIDE = "inside = first_row + r < p.own_count && first_other"
+CLEARED = "shared.active[s] = 0;\n    __syncthreads();\n"
 
 # A file of csrc/cuda, a piece of it, what is put in its place, and what the emulator has to say then.
 PLANTED = {
-    "missing_barrier": ("mine_mma", BARRIER, "", "wrong: "),
-    "missing_wait": ("mine_mma", WAIT, "", "wrong: "),
-    "early_refill": ("mine_mma", BARRIER + REFILL, REFILL + BARRIER, "wrong: "),
-    "different_barriers": ("mine_mma", BARRIER, TWO_BARRIERS, "divergent __syncthreads"),
+    "missing_barrier": ("mine_mma.cuh", BARRIER, "", "wrong: "),
+    "missing_wait": ("mine_mma.cuh", WAIT, "", "wrong: "),
+    "early_refill": ("mine_mma.cuh", BARRIER + REFILL, REFILL + BARRIER, "wrong: "),
+    "different_barriers": ("mine_mma.cuh", BARRIER, TWO_BARRIERS, "divergent __syncthreads"),
     "barrier_of_some": (
-        "mine_mma",
+        "mine_mma.cuh",
         BARRIER,
         "    if (threadIdx.x < 200) __syncthreads();\n",
         "deadlock: ",
     ),
     "warp_operation_of_some": (
-        "search_tile",
+        "search_tile.cuh",
         IN_ROWS,
         IN_ROWS.replace("__", "if (lane < 16) __"),
         "divergent warp",
     ),
     "read_beyond_global_memory": (
-        "search_tile",
+        "search_tile.cuh",
         DESCRIPTION,
         DESCRIPTION.replace("position]", "position + kTileRows]"),
         "heap-buffer-overflow",
     ),
     "write_beyond_shared_memory": (
-        "search_tile",
+        "search_tile.cuh",
         DESCRIPTION,
         DESCRIPTION.replace("[side][r]", "[side][r + 8 * kTileRows]"),
         "use-after-poison",
     ),
-    "missing_wait_for_bulk_copy": ("mine_wgmma", FULL_WAIT, "", "mbarrier: more threads arrive"),
-    "missing_wait_for_products": ("mine_wgmma", PRODUCTS_WAIT, "", "wrong: "),
-    "refill_of_a_stage_in_use": ("mine_wgmma", EMPTY_WAIT, "", "deadlock: "),
-    "missing_arrival": ("mine_wgmma", ARRIVAL, "", "deadlock: "),
+    "missing_wait_for_bulk_copy": ("mine_wgmma.cuh", FULL_WAIT, "", "mbarrier: more threads arrive"),
+    "missing_wait_for_products": ("mine_wgmma.cuh", PRODUCTS_WAIT, "", "wrong: "),
+    "refill_of_a_stage_in_use": ("mine_wgmma.cuh", EMPTY_WAIT, "", "deadlock: "),
+    "missing_arrival": ("mine_wgmma.cuh", ARRIVAL, "", "deadlock: "),
     "products_of_some_warps": (
-        "mine_wgmma",
+        "mine_wgmma.cuh",
         PRODUCTS_WAIT,
         "    if (threadIdx.x < 192) ptx::wgmma_wait<0>(products.fragment[0]);\n",
         "divergent warp",
+    ),
+    "missing_barrier_of_a_sort": (
+        "block.cuh",
+        SORTED,
+        SORTED.replace("      __syncthreads();\n", ""),
+        "wrong: ",
+    ),
+    "missing_barrier_before_a_sum": (
+        "pull.cuh",
+        OTHERS,
+        OTHERS.replace("    __syncthreads();\n", ""),
+        "wrong: ",
+    ),
+    "missing_barrier_after_clearing": (
+        "batch_all.cu",
+        CLEARED,
+        CLEARED.replace("    __syncthreads();\n", ""),
+        "wrong: ",
+    ),
+    "some_threads_skip": (
+        "pull.cuh",
+        NO_PULL,
+        NO_PULL.replace("if (", "if (threadIdx.x % 2 || "),
+        "divergent __syncthreads",
+    ),
+    "strengths_beyond_the_stripe": (
+        "pull.cuh",
+        OWN_INSIDE,
+        OWN_INSIDE.replace("first_row + r < p.own_count && ", ""),
+        "heap-buffer-overflow",
     ),
 }
 
@@ -107,14 +142,14 @@ def report_of(bug: str, folder: Path) -> str:
     file, before, after, _ = PLANTED[bug]
     for part in ("csrc", "tests/emulator"):
         shutil.copytree(ROOT / part, folder / part)
-    source = folder / "csrc" / "cuda" / f"{file}.cuh"
+    source = folder / "csrc" / "cuda" / file
     text = source.read_text()
     assert text.count(before) == 1, bug
     source.write_text(text.replace(before, after))
     # Not optimised: building takes longer than running.
     options = ["-fsanitize=address"] if "beyond" in bug else []
-    way = "wgmma" if file == "mine_wgmma" else "mma"
-    process = run(build(folder, folder / "check", *options), 0, SCHEDULES, f"float32 {way}")
+    checks = {"mine_wgmma.cuh": "wgmma", "mine_mma.cuh": "mma", "search_tile.cuh": "mma"}.get(file, "pairs")
+    process = run(build(folder, folder / "check", *options), 0, SCHEDULES, f"float32 {checks}")
     return "right" if process.returncode == 0 else process.stdout + process.stderr
 
 

@@ -178,6 +178,17 @@ def test_close_vectors_do_not_cancel() -> None:
         assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("length", [1e-25, 1e20])
+def test_cosine_of_rows_whose_squares_leave_float32(length: float) -> None:
+    rows = [(torch.randn(5, 6) * length).requires_grad_() for _ in range(3)]
+    exact = [r.detach().double().requires_grad_() for r in rows]
+    options = {"distance": "cosine", "margin": 1.0}
+    loss, expected = triplet_margin_loss(*rows, **options), triplet_margin_loss(*exact, **options)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    for got, right in zip(torch.autograd.grad(loss, rows), torch.autograd.grad(expected, exact), strict=True):
+        assert (got.double() - right).norm() <= 1e-5 * right.norm()
+
+
 def test_halves_do_not_overflow() -> None:
     x = torch.full((1, 4), 300.0, dtype=torch.float16)  # d^2 = 4 * 600^2 is beyond the range of float16
     assert triplet_margin_loss(x, -x, x, margin=0).item() == 4 * 600**2

@@ -1,13 +1,13 @@
-// How losses over all triplets or pairs of a batch are reduced.
+// Names of the reductions of losses over all triplets or pairs of a batch.
 #pragma once
 
 #include <c10/util/Exception.h>
 
 #include <string_view>
 
-namespace deepsim {
+#include "triplet_loss.h"
 
-enum class SumReduction { mean, mean_nonzero, sum };
+namespace deepsim {
 
 inline SumReduction sum_reduction_from(const char* function, std::string_view name) {
   if (name == "mean") return SumReduction::mean;

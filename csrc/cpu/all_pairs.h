@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "../common/triplet_loss.h"
 #include "packed_pairs.h"
 #include "rounds.h"
 
@@ -67,13 +68,6 @@ std::vector<int32_t> sort_descending(const PackedPairs<T>& pairs, PositiveLists<
     }
   });
   return slot;
-}
-
-
-// A margin in T that stays below what stands for "no pair", a distance added to it included.
-template <class T>
-T comparable_margin(double margin) {
-  return T(std::min(margin, double(std::numeric_limits<T>::max() / 4)));
 }
 
 // Panels on a side of a square. By the shape alone: two blocks of a square and their gradients should stay in L2.

@@ -53,7 +53,7 @@ LossWithGradient loss_forward(const Kernels<T>& kernels, const at::Tensor& x, co
     sums.loss += s.loss;
     sums.distance += s.distance;
   }
-  if (sums.active > 0 && options.neg_margin > double(comparable_margin<T>(options.neg_margin)))
+  if (sums.active > 0 && is_beyond_comparison<T>(options.neg_margin))
     sums.loss = std::numeric_limits<double>::infinity();  // as it would be in T
 
   const auto scale = [&](int64_t active) {

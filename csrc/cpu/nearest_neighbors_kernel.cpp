@@ -4,8 +4,7 @@
 #include <numeric>
 #include <tuple>
 
-#include "../batch_hard.h"
-#include "../common/checks.h"
+#include "../nearest_neighbors.h"
 #include "all_pairs.h"
 #include "capability.h"
 
@@ -85,15 +84,7 @@ std::tuple<at::Tensor, at::Tensor> search(const Kernels<T>& kernels, const at::T
 
 std::tuple<at::Tensor, at::Tensor> nearest_neighbors(const at::Tensor& queries, const OptionalTensor& gallery, int64_t k,
                                                      std::string_view distance) {
-  constexpr const char* function = "nearest_neighbors";
-  check_rows(function, "queries", queries);
-  if (gallery) {
-    check_rows(function, "gallery", *gallery);
-    check_like(function, "gallery", *gallery, queries.scalar_type(), queries.device(), {gallery->size(0), queries.size(1)});
-  }
-  const int64_t available = gallery ? gallery->size(0) : std::max<int64_t>(0, queries.size(0) - 1);
-  TORCH_CHECK_VALUE(k >= 1 && k <= available, function, ": k must be from 1 to ", available, ", got ", k);
-  const Distance d = distance_from(function, distance);
+  const Distance d = check_nearest_neighbors(queries, gallery, k, distance);
   const at::Tensor x = with_adjacent_columns(queries);
   const OptionalTensor others = gallery ? OptionalTensor(with_adjacent_columns(*gallery)) : std::nullopt;
   return dispatch(x.scalar_type(), [&](const auto& kernels) { return search(kernels, x, others, k, d); });

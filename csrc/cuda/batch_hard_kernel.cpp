@@ -6,21 +6,16 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <optional>
 #include <string>
 #include <tuple>
 
 #include "../common/checks.h"
-#include "../common/layout.h"
 #include "../common/stage.h"
 #include "backend.h"
-#include "batch_hard.h"
-#include "storage_of.h"
+#include "owned_batch.h"
 
 namespace deepsim::cuda {
 namespace {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 // Up to so many differences (anchors x references x columns) they are all searched, in two launches: on a large GPU they take some
 // 20 us then, as long as the ten launches more of packing, sorting and centring. An estimate; benchmarks/gpu.py measures it.
@@ -45,46 +40,6 @@ Mining mining_for(const at::Tensor& anchors, const at::Tensor& references) {
   const bool small = rows * anchors.size(1) <= kMostDirectDifferences / references.size(0);
   if (wanted == "direct" || (wanted.empty() && small)) return Mining::direct;
   return wanted == "wgmma" || (wanted.empty() && can_use_wgmma()) ? Mining::wgmma : Mining::mma;
-}
-
-Rows rows_of(const at::Tensor& x) { return {x.const_data_ptr(), x.size(0), x.size(1), x.stride(0)}; }
-
-// A batch and the tensors that its pointers point into.
-struct OwnedBatch {
-  at::Tensor x, ref, labels, ref_labels, anchor_norms, reference_norms, flags;
-  Batch view;
-};
-
-OwnedBatch own(const at::Tensor& x, const OptionalTensor& ref, Distance distance) {
-  OwnedBatch b;
-  b.x = with_adjacent_columns(x);
-  b.ref = ref ? with_adjacent_columns(*ref) : b.x;
-  b.flags = at::zeros({int64_t(sizeof(Flags) / sizeof(int32_t))}, x.options().dtype(at::kInt));
-  b.view = {};
-  b.view.storage = storage_of(x.scalar_type());
-  b.view.distance = distance;
-  b.view.self_form = !ref;
-  b.view.anchors = rows_of(b.x);
-  b.view.references = rows_of(b.ref);
-  b.view.flags = reinterpret_cast<Flags*>(b.flags.mutable_data_ptr<int32_t>());
-  if (distance == Distance::cosine) {
-    const auto options = x.options().dtype(at::kDouble);
-    b.anchor_norms = at::empty({b.x.size(0)}, options);
-    b.reference_norms = ref ? at::empty({b.ref.size(0)}, options) : b.anchor_norms;
-    b.view.anchor_norm = b.anchor_norms.mutable_data_ptr<double>();
-    b.view.reference_norm = b.reference_norms.mutable_data_ptr<double>();
-  }
-  return b;
-}
-
-OwnedBatch own(const at::Tensor& x, const at::Tensor& labels, const OptionalTensor& ref, const OptionalTensor& ref_labels,
-               Distance distance) {
-  OwnedBatch b = own(x, ref, distance);
-  b.labels = labels.contiguous();
-  b.ref_labels = ref ? ref_labels->contiguous() : b.labels;
-  b.view.labels = b.labels.const_data_ptr<int64_t>();
-  b.view.reference_labels = b.ref_labels.const_data_ptr<int64_t>();
-  return b;
 }
 
 // A packed set and the tensors that its pointers point into: 16 bytes a row and the operand, beside the sort's 16.

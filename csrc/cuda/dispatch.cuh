@@ -19,4 +19,10 @@ void dispatch(Storage storage, F f) {
   }
 }
 
+// Calls f with a value of the type of the arithmetic.
+template <class F>
+void dispatch_compute(Storage storage, F f) {
+  storage == Storage::float64 ? f(double{}) : f(float{});
+}
+
 }  // namespace deepsim::cuda

@@ -4,64 +4,27 @@
 // that packing would cost more than it gains. A block holds kDirectTile anchors and walks over its share of the references.
 #pragma once
 
-#include "rows.cuh"
+#include "block.cuh"
+#include "direct_tile.cuh"
 
 namespace deepsim::cuda {
 
-constexpr int kDirectTile = 64;                        // anchors, and references at a time
-constexpr int kDirectPerThread = 4;                    // of each, so 16 x 16 threads
-constexpr int kDirectSide = kDirectTile / kDirectPerThread;
-constexpr int kDirectThreads = kDirectSide * kDirectSide;
-constexpr int kDirectDepth = 16;                       // elements of a row at a time
-
 template <class T>
 struct DirectShared {
-  // Four more than the tile: rows that are stored down a column fall into different banks, and stay 16-byte aligned.
-  T anchors[kDirectDepth][kDirectTile + 4], references[kDirectDepth][kDirectTile + 4];
+  DirectElements<T> elements;
   int64_t labels[kDirectTile];  // of the references
   bool zero_anchor[kDirectTile], zero_reference[kDirectTile];
 };
-
-// The better of two candidates: by value, then the lower index.
-template <class T, bool kLargest>
-struct Best {
-  T value = kLargest ? -infinity<T>() : infinity<T>();
-  int32_t index = kNobody;
-
-  __device__ __forceinline__ void improve(T v, int32_t i) {
-    const bool better = kLargest ? v > value : v < value;
-    if (better || (v == value && i < index)) {
-      value = v;
-      index = i;
-    }
-  }
-};
-
-// Columns [k0, k0 + kDirectDepth) of a tile's rows, zero beyond the matrix. Cosine distances are those of normalised rows.
-template <class S, class T>
-__device__ __forceinline__ void load_direct(const Rows& x, const double* norms, int64_t first, int64_t k0,
-                                            T (&to)[kDirectDepth][kDirectTile + 4]) {
-  constexpr int kRun = kDirectTile * kDirectDepth / kDirectThreads;  // adjacent elements that a thread loads
-  const int row = int(threadIdx.x) / (kDirectDepth / kRun), k = int(threadIdx.x) % (kDirectDepth / kRun) * kRun;
-  const bool inside = first + row < x.count;
-  const S* from = row_of<S>(x, inside ? first + row : 0);
-  const double norm = norms && inside ? norms[first + row] : 1.0;
-  for (int e = 0; e < kRun; ++e) {
-    const T v = inside && k0 + k + e < x.depth ? T(widen(from[k0 + k + e])) : T(0);
-    // Divided, not multiplied by the inverse: so rows of one column become exactly 1 and -1.
-    to[k + e][row] = !norms ? v : norm == 0 ? T(0) : T(double(v) / norm);
-  }
-}
 
 template <class S>
 __global__ void __launch_bounds__(kDirectThreads, 2) mine_direct_kernel(Batch batch, DirectFound found) {
   using T = Compute<S>;
   auto& shared = shared_memory<DirectShared<T>>();
-  const int64_t anchors = batch.anchors.count, references = batch.references.count, depth = batch.anchors.depth;
+  const int64_t anchors = batch.anchors.count, references = batch.references.count;
   const int64_t row_tiles = (anchors + kDirectTile - 1) / kDirectTile, column_tiles = (references + kDirectTile - 1) / kDirectTile;
   const int64_t first_row = blockIdx.x % row_tiles * kDirectTile;
   const int split = int(blockIdx.x / row_tiles);
-  const int row = int(threadIdx.x) / kDirectSide * kDirectPerThread, column = int(threadIdx.x) % kDirectSide * kDirectPerThread;
+  const int row = direct_row(), column = direct_column();
 
   Best<T, true> positive[kDirectPerThread];
   Best<T, false> negative[kDirectPerThread];
@@ -81,25 +44,9 @@ __global__ void __launch_bounds__(kDirectThreads, 2) mine_direct_kernel(Batch ba
       shared.labels[threadIdx.x] = j < references ? batch.reference_labels[j] : 0;
       shared.zero_reference[threadIdx.x] = batch.reference_norm && j < references && batch.reference_norm[j] == 0;
     }
-    T square[kDirectPerThread][kDirectPerThread] = {};
-    for (int64_t k0 = 0; k0 < depth; k0 += kDirectDepth) {
-      __syncthreads();
-      load_direct<S>(batch.anchors, batch.anchor_norm, first_row, k0, shared.anchors);
-      load_direct<S>(batch.references, batch.reference_norm, first_column, k0, shared.references);
-      __syncthreads();
-#pragma unroll
-      for (int k = 0; k < kDirectDepth; ++k) {
-        T a[kDirectPerThread], b[kDirectPerThread];
-        for (int i = 0; i < kDirectPerThread; ++i) a[i] = shared.anchors[k][row + i];
-        for (int j = 0; j < kDirectPerThread; ++j) b[j] = shared.references[k][column + j];
-        for (int i = 0; i < kDirectPerThread; ++i) {
-          for (int j = 0; j < kDirectPerThread; ++j) {
-            const T difference = a[i] - b[j];
-            square[i][j] += difference * difference;
-          }
-        }
-      }
-    }
+    T square[kDirectPerThread][kDirectPerThread];
+    direct_squares<S>(shared.elements, batch.anchors, batch.anchor_norm, first_row, batch.references, batch.reference_norm, first_column,
+                      square);
     for (int i = 0; i < kDirectPerThread; ++i) {
       for (int j = 0; j < kDirectPerThread; ++j) {
         const int64_t a = first_row + row + i, b = first_column + column + j;

@@ -107,7 +107,7 @@ def nearest_neighbors(
     choice(function, "distance", distance, DISTANCES)
     check_embeddings(function, "queries", queries, "[Q, D]")
     if gallery is None or gallery is queries:
-        _check_k(function, k, "Q-1", queries.shape[0] - 1)
+        _check_k(function, k, "Q-1", max(queries.shape[0] - 1, 0))
         return NeighborArguments(queries, None, int(k))
     check_embeddings(function, "gallery", gallery, "[G, D]")
     check_columns(function, "gallery", gallery, "G", "queries", queries)

@@ -38,10 +38,12 @@ def _sqrt(x: Tensor) -> Tensor:
 
 
 def _zero_rows(x: Tensor) -> Tensor:
-    return x.square().sum(dim=-1) == 0
+    return (x == 0).all(dim=-1)
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Rows scaled to length 1; a zero row stays zero."""
+    """Rows scaled to length 1, whatever the range of their squares; a zero row stays zero."""
+    largest = x.detach().abs().amax(dim=-1, keepdim=True)
+    x = x / torch.where(largest == 0, 1.0, largest)
     squared = x.square().sum(dim=-1, keepdim=True)
     return x / torch.where(squared == 0, 1.0, squared).sqrt()

@@ -8,8 +8,13 @@
 #include <numeric>
 #include <random>
 
+#include "csrc/cuda/all_pairs.cu"
+#include "csrc/cuda/batch_all.cu"
+#include "csrc/cuda/batch_contrastive.cu"
 #include "csrc/cuda/batch_hard.cu"
+#include "csrc/cuda/batch_semi_hard.cu"
 #include "csrc/cuda/gram.cu"
+#include "csrc/cuda/nearest_neighbors.cu"
 #include "device_memory.h"
 
 using namespace deepsim;
@@ -60,6 +65,30 @@ struct Points {
   }
 };
 
+template <class S>
+Batch batch_of(Points<S>& anchors, Points<S>& references, bool self_form, Distance distance, Buffer<Flags>& flags) {
+  Batch batch = {};
+  batch.storage = kStorage<S>;
+  batch.distance = distance;
+  batch.self_form = self_form;
+  batch.anchors = {anchors.x, anchors.count, anchors.depth, anchors.depth};
+  batch.references = {references.x, references.count, references.depth, references.depth};
+  batch.labels = anchors.labels;
+  batch.reference_labels = references.labels;
+  batch.flags = flags;
+  return batch;
+}
+
+template <class S>
+void compare_gradients(Buffer<S>& got, const std::vector<double>& wanted, double tolerance, const std::string& what) {
+  double error = 0, norm = 0;
+  for (int64_t i = 0; i < got.size; ++i) {
+    error += std::pow(value_of(got[i]) - wanted[i], 2);
+    norm += std::pow(wanted[i], 2);
+  }
+  expect(std::sqrt(error) <= tolerance * std::sqrt(norm) + 1e-6, what);
+}
+
 struct Sorted {
   Buffer<int64_t> order, labels;
   Buffer<unsigned char> operand;
@@ -87,15 +116,7 @@ void check_batch_hard(const std::string& name, int64_t n, int64_t m, int64_t dep
   Points<S> anchors(n, depth, classes, 0.5, random), others(self_form ? 0 : m, depth, classes, 0.5, random);
   Points<S>& references = self_form ? anchors : others;
   Buffer<Flags> flags(1, 0);
-  Batch batch = {};
-  batch.storage = kStorage<S>;
-  batch.distance = Distance::sqeuclidean;
-  batch.self_form = self_form;
-  batch.anchors = {anchors.x, n, depth, depth};
-  batch.references = {references.x, references.count, depth, depth};
-  batch.labels = anchors.labels;
-  batch.reference_labels = references.labels;
-  batch.flags = flags;
+  Batch batch = batch_of(anchors, references, self_form, Distance::sqeuclidean, flags);
   Buffer<int32_t> positives(n), negatives(n);
   Buffer<T> d_ap(n), d_an(n), loss(1);
   const Triplets out{positives, negatives, d_ap, d_an, loss};
@@ -196,16 +217,172 @@ void check_batch_hard(const std::string& name, int64_t n, int64_t m, int64_t dep
       to_references[negatives[a] * depth + k] += scale * (x - q);
     }
   }
-  const auto compare = [&](Buffer<S>& got, const std::vector<double>& wanted, const char* which) {
-    double error = 0, norm = 0;
-    for (int64_t i = 0; i < got.size; ++i) {
-      error += std::pow(value_of(got[i]) - wanted[i], 2);
-      norm += std::pow(wanted[i], 2);
+  compare_gradients(grad, exact, 5e-3, name + ": gradient of anchors");
+  if (!self_form) compare_gradients(grad_references, exact_references, 5e-3, name + ": gradient of references");
+}
+
+// A loss over all pairs as plain loops see it: its sums, and what each distance weighs in it.
+struct PlainLoss {
+  RowSums sums = {};
+  std::vector<double> weight;  // [anchors][references]
+};
+
+enum class PairLoss { batch_all, window, semi_hard, contrastive };
+
+constexpr double kMargin = 0.5;
+
+// d: [n][m] distances.
+template <class S>
+PlainLoss plain_loss(PairLoss which, Points<S>& anchors, Points<S>& references, bool self_form, const std::vector<double>& d) {
+  const int64_t m = references.count;
+  PlainLoss out{{}, std::vector<double>(d.size())};
+  double* value = out.sums.values;
+  int64_t* count = out.sums.counts;
+  for (int64_t a = 0; a < anchors.count; ++a) {
+    const double* row = &d[a * m];
+    double* weight = &out.weight[a * m];
+    std::vector<int64_t> positives, negatives;
+    for (int64_t j = 0; j < m; ++j) {
+      if (self_form && j == a) continue;
+      (anchors.labels[a] == references.labels[j] ? positives : negatives).push_back(j);
     }
-    expect(std::sqrt(error) <= 5e-3 * std::sqrt(norm) + 1e-6, name + ": gradient of " + which);
+    const auto triplet = [&](int64_t p, int64_t q) {
+      const double loss = row[p] - row[q] + kMargin;
+      value[1] += row[p];
+      value[2] += row[q];
+      ++count[1];
+      if (loss <= 0) return;
+      value[0] += loss;
+      ++count[2];
+      weight[p] += 1;
+      weight[q] -= 1;
+    };
+    if (which == PairLoss::contrastive) {
+      const auto pair = [&](int64_t j, int side, double beyond) {
+        value[2 + side] += row[j];
+        ++count[side];
+        if (beyond <= 0) return;
+        value[side] += beyond;
+        ++count[2 + side];
+        weight[j] += side ? -1 : 1;
+      };
+      for (int64_t p : positives) pair(p, 0, row[p] - kMargin);
+      for (int64_t q : negatives) pair(q, 1, 4 * kMargin - row[q]);
+      continue;
+    }
+    count[0] += !positives.empty() && !negatives.empty();
+    for (int64_t p : positives) {
+      int64_t nearest = -1, farthest = -1;
+      for (int64_t q : negatives) {
+        const double gap = row[q] - row[p];
+        if (which == PairLoss::batch_all || (which == PairLoss::window && gap > 0 && gap <= kMargin)) triplet(p, q);
+        if (gap > 0 && (nearest < 0 || row[q] < row[nearest])) nearest = q;
+        if (farthest < 0 || row[q] > row[farthest]) farthest = q;
+      }
+      if (which == PairLoss::semi_hard && farthest >= 0) triplet(p, nearest < 0 ? farthest : nearest);
+    }
+  }
+  return out;
+}
+
+template <class S>
+void check_all_pairs(const std::string& name, int64_t n, int64_t m, int64_t depth, int classes, std::mt19937& random) {
+  using T = Compute<S>;
+  if (!wanted(name)) return;
+  const bool self_form = m == 0;
+  Points<S> anchors(n, depth, classes, 0.5, random), others(self_form ? 0 : m, depth, classes, 0.5, random);
+  Points<S>& references = self_form ? anchors : others;
+  m = references.count;
+  Buffer<Flags> flags(1, 0);
+  const Batch batch = batch_of(anchors, references, self_form, Distance::euclidean, flags);
+  std::vector<double> exact(n * m);
+  for (int64_t a = 0; a < n; ++a)
+    for (int64_t j = 0; j < m; ++j) exact[a * m + j] = std::sqrt(anchors.square(a, references, j));
+
+  // Two stripes, the second not a whole tile.
+  const int64_t stride = (m + 3) / 4 * 4, rows = std::min<int64_t>(n, 64);
+  Buffer<T> distances(rows * stride), strengths(rows * stride);
+  const auto for_each_stripe = [&](auto run) {
+    for (int64_t first = 0; first < n; first += rows) {
+      const Stripe stripe{first, std::min(rows, n - first), stride, distances, strengths};
+      pair_distances(batch, stripe, nullptr);
+      run(stripe);
+    }
+    synchronize();
   };
-  compare(grad, exact, "anchors");
-  if (!self_form) compare(grad_references, exact_references, "references");
+  for (const PairLoss which : {PairLoss::batch_all, PairLoss::window, PairLoss::semi_hard, PairLoss::contrastive}) {
+    const std::string what = name + ", loss " + std::to_string(int(which));
+    Buffer<RowSums> sums(n);
+    Buffer<T> grad(n * depth, 0), grad_references((self_form ? 0 : m) * depth, 0), loss(1), means(2);
+    Buffer<int64_t> counts(4, 0);
+    Buffer<double> scales(2);
+    for_each_stripe([&](const Stripe& stripe) {
+      if (which == PairLoss::contrastive) {
+        contrastive_rows(batch, stripe, {kMargin, 4 * kMargin, false}, nullptr, sums, nullptr);
+      } else if (which == PairLoss::semi_hard) {
+        semi_hard_rows(batch, stripe, {kMargin, false}, sums, nullptr);
+      } else {
+        batch_all_rows(batch, stripe, {kMargin, which == PairLoss::window}, sums, nullptr);
+      }
+      for (const bool of_anchors : {true, false}) {
+        const int splits = of_anchors ? 3 : 1;
+        Buffer<T> partial(splits * stripe.rows * depth);
+        pull(batch, stripe, of_anchors, splits, partial, of_anchors || self_form ? grad : grad_references, nullptr);
+      }
+    });
+    const LossOutputs out{loss, counts, means, scales};
+    if (which == PairLoss::contrastive) {
+      finish_pairs(batch, sums, SumReduction::sum, {kMargin, 4 * kMargin, false}, out, nullptr);
+    } else {
+      finish_triplets(batch, sums, SumReduction::sum, out, nullptr);
+    }
+    finish_gradient(batch, true, scales, grad, nullptr);
+    if (!self_form) finish_gradient(batch, false, scales, grad_references, nullptr);
+    synchronize();
+
+    // A negative almost exactly as far as a positive may be taken for a nearer one: then other triplets count, with nearly the same loss.
+    const bool chooses = which == PairLoss::window || which == PairLoss::semi_hard;
+    const PlainLoss plain = plain_loss(which, anchors, references, self_form, exact);
+    const double expected = plain.sums.values[0] + (which == PairLoss::contrastive ? plain.sums.values[1] : 0);
+    expect(std::fabs(double(loss[0]) - expected) <= (chooses ? 1e-3 : 1e-5) * expected, what + ": loss");
+    for (int i = 0; i < (which == PairLoss::contrastive ? 4 : 3); ++i) {
+      const double difference = std::fabs(double(counts[i] - plain.sums.counts[i]));
+      expect(difference <= 1e-3 * double(plain.sums.counts[i]) + 2, what + ": count " + std::to_string(i));
+    }
+    std::vector<double> gradient(n * depth), of_references(m * depth);
+    std::vector<double>& to_references = self_form ? gradient : of_references;
+    for (int64_t a = 0; a < n; ++a) {
+      for (int64_t j = 0; j < m; ++j) {
+        if (plain.weight[a * m + j] == 0 || exact[a * m + j] == 0) continue;
+        for (int64_t k = 0; k < depth; ++k) {
+          const double difference = anchors.exact[a * depth + k] - references.exact[j * depth + k];
+          const double along = plain.weight[a * m + j] * difference / exact[a * m + j];
+          gradient[a * depth + k] += along;
+          to_references[j * depth + k] -= along;
+        }
+      }
+    }
+    const double tolerance = chooses ? 5e-2 : 1e-4;
+    compare_gradients(grad, gradient, tolerance, what + ": gradient of anchors");
+    if (!self_form) compare_gradients(grad_references, of_references, tolerance, what + ": gradient of references");
+  }
+
+  const int64_t k = std::min<int64_t>(7, m - self_form);
+  Buffer<T> near(n * k);
+  Buffer<int64_t> index(n * k);
+  for_each_stripe([&](const Stripe& stripe) { nearest_rows(batch, stripe, k, near, index, nullptr); });
+  for (int64_t a = 0; a < n; ++a) {
+    std::vector<double> sorted;
+    for (int64_t j = 0; j < m; ++j)
+      if (!self_form || j != a) sorted.push_back(exact[a * m + j]);
+    std::sort(sorted.begin(), sorted.end());
+    for (int64_t i = 0; i < k; ++i) {
+      const int64_t j = index[a * k + i];
+      const bool inside = j >= 0 && j < m && !(self_form && j == a);
+      expect(inside && std::fabs(exact[a * m + j] - sorted[i]) < 1e-5 && std::fabs(double(near[a * k + i]) - sorted[i]) < 1e-5,
+             name + ": neighbour " + std::to_string(i) + " of " + std::to_string(a));
+    }
+  }
 }
 
 template <class S>
@@ -279,6 +456,9 @@ void check_all(const std::string& type, std::mt19937& random) {
       check_batch_hard<S>(tiles + ", references", 40, 270, 390, 12, how, random);
     }
   }
+  check_all_pairs<S>(type + " pairs", 90, 0, 21, 12, random);
+  check_all_pairs<S>(type + " pairs, two labels", 70, 0, 5, 2, random);
+  check_all_pairs<S>(type + " pairs, references", 20, 130, 70, 6, random);
   check_gram<S>(type + " gram", 2, 70, 77, false, random);
   check_gram<S>(type + " gram, slices", 1, 5, 700, false, random);
   check_gram<S>(type + " gram, channels_last", 1, 67, 40, true, random);

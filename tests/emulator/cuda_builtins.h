@@ -54,6 +54,7 @@ inline unsigned ballot(int line, unsigned mask, bool predicate) {
 
 inline unsigned __float_as_uint(float f) { return halves::bits_of(f); }
 inline float __uint_as_float(unsigned u) { return halves::float_of(u); }
+inline long long __double_as_longlong(double d) { return (long long)halves::bits_of(d); }
 inline int __ffs(unsigned v) { return __builtin_ffs(int(v)); }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
@@ -62,6 +63,13 @@ template <class T>
 T atomicMax(T* p, T value) {
   T old = __atomic_load_n(p, __ATOMIC_RELAXED);
   while (value > old && !__atomic_compare_exchange_n(p, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return old;
+}
+template <class T>
+T atomicMin(T* p, T value) {
+  T old = __atomic_load_n(p, __ATOMIC_RELAXED);
+  while (value < old && !__atomic_compare_exchange_n(p, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
   }
   return old;
 }

@@ -2,8 +2,13 @@
 #define DEEPSIM_CUDA_ARCHITECTURES "emulated"
 #include "../../csrc/module.cpp"
 
+#include "../../csrc/cuda/all_pairs.cu"
+#include "../../csrc/cuda/batch_all.cu"
+#include "../../csrc/cuda/batch_contrastive.cu"
 #include "../../csrc/cuda/batch_hard.cu"
+#include "../../csrc/cuda/batch_semi_hard.cu"
 #include "../../csrc/cuda/gram.cu"
+#include "../../csrc/cuda/nearest_neighbors.cu"
 
 namespace deepsim::cpu {
 const char* capability() { return "CUDA kernels, emulated"; }

@@ -1,0 +1,81 @@
+// Losses over all pairs of a batch, and nearest neighbours, on CUDA: what the torch side (all_pairs_kernel.h) asks of the launches.
+//
+// Distances are made stripe by stripe: some anchors (rows) against all references. A row kernel then sees one anchor's distances at
+// once, adds to its statistics, and leaves what each distance weighs in the loss; from that the gradient is pulled together. So time
+// and memory depend neither on how large classes are nor on anything that the host would have to wait for.
+#pragma once
+
+#include "batch_hard.h"
+
+namespace deepsim::cuda {
+
+struct Stripe {
+  int64_t first, rows;  // anchors
+  int64_t stride;       // elements from one row to the next, a multiple of 4, at least the references
+  void* distances;      // [rows][stride] in the type of the arithmetic; beyond the references undefined
+  void* strengths;      // [rows][stride] likewise, or null where no gradient is wanted: see `strength` in pull.cuh
+};
+
+// What an anchor adds to the statistics. For triplets, values: loss, d_ap, d_an; counts: 1 if the anchor is valid, triplets, triplets
+// with a loss > 0. For pairs, values: loss of positives, of negatives, distances of positives, of negatives; counts likewise: pairs,
+// and pairs with a loss > 0.
+struct RowSums {
+  double values[4];
+  int64_t counts[4];
+};
+
+// Distances of a stripe, and flags what is not finite.
+void pair_distances(const Batch& batch, const Stripe& stripe, void* stream);
+
+// ---- row kernels: a block for every row of the stripe ----
+
+struct TripletWindow {
+  double margin;
+  bool semi_hard;  // only triplets with d_ap < d_an <= d_ap + margin
+};
+void batch_all_rows(const Batch& batch, const Stripe& stripe, const TripletWindow& window, RowSums* sums, void* stream);
+
+struct NextFarther {
+  double margin;
+  bool soft;
+};
+void semi_hard_rows(const Batch& batch, const Stripe& stripe, const NextFarther& options, RowSums* sums, void* stream);
+
+struct PairMargins {
+  double positive, negative;
+  bool squared;
+};
+// scales: device memory, what losses of positives and of negatives are multiplied by before they are added up; null: 1.
+void contrastive_rows(const Batch& batch, const Stripe& stripe, const PairMargins& margins, const double* scales, RowSums* sums,
+                      void* stream);
+
+constexpr int64_t kMostNeighbors = 1024;
+// distances [anchors][k] in the type of the arithmetic, indices [anchors][k].
+void nearest_rows(const Batch& batch, const Stripe& stripe, int64_t k, void* distances, int64_t* indices, void* stream);
+// After all stripes: NaN and -1 throughout where something is not finite.
+void nobody_near(const Batch& batch, int64_t k, void* distances, int64_t* indices, void* stream);
+
+// ---- gradients ----
+
+// Adds what the stripe's strengths pull its anchors (or, of_anchors false, the references) by to a gradient [rows][depth] in the type of
+// the arithmetic. `partial` has pull_splits(...) times as many elements as the stripe's anchors (or the references) have; none for one.
+int pull_splits(const Batch& batch, const Stripe& stripe, bool of_anchors);
+void pull(const Batch& batch, const Stripe& stripe, bool of_anchors, int splits, void* partial, void* gradient, void* stream);
+
+// Of unit vectors to of the rows, for cosine; times *scale, device memory, where it is not null; NaN where something is not finite.
+void finish_gradient(const Batch& batch, bool of_anchors, const double* scale, void* gradient, void* stream);
+
+// ---- sums ----
+
+// What the ops return, in the type of the arithmetic.
+struct LossOutputs {
+  void* loss;       // one number
+  int64_t* counts;  // [3] for triplets, [4] for pairs
+  void* means;      // [2] distances
+  double* scales;   // [2] by which the losses were multiplied: of triplets or positives, of negatives
+};
+void finish_triplets(const Batch& batch, const RowSums* sums, SumReduction reduction, const LossOutputs& out, void* stream);
+void finish_pairs(const Batch& batch, const RowSums* sums, SumReduction reduction, const PairMargins& margins, const LossOutputs& out,
+                  void* stream);
+
+}  // namespace deepsim::cuda

@@ -1,0 +1,96 @@
+// Losses over all pairs on CUDA, the torch side: memory, and the walk over stripes.
+#pragma once
+
+#include <ATen/Functions.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "../common/checks.h"
+#include "../common/stage.h"
+#include "all_pairs.h"
+#include "backend.h"
+#include "owned_batch.h"
+
+namespace deepsim::cuda {
+
+// Distances of a stripe, and as many strengths: 16 MiB of either in float32, or a tile of rows.
+constexpr int64_t kStripeElements = int64_t(1) << 22;
+constexpr int64_t kStripeRows = 64;  // a multiple of, but for the last
+
+// Calls run(stripe) for one stripe of anchors after another, its distances filled in. None where there is no pair.
+template <class Run>
+void for_each_stripe(const OwnedBatch& b, bool with_strengths, void* stream, Run run) {
+  const int64_t anchors = b.x.size(0), references = b.ref.size(0);
+  if (anchors == 0 || references == 0) return;
+  Stripe stripe = {};
+  stripe.stride = (references + 3) / 4 * 4;
+  const int64_t rows = std::min(anchors, std::max<int64_t>(1, kStripeElements / stripe.stride / kStripeRows) * kStripeRows);
+  const auto options = b.x.options().dtype(compute_type(b.x.scalar_type()));
+  const at::Tensor distances = at::empty({rows, stripe.stride}, options);
+  const at::Tensor strengths = with_strengths ? at::empty_like(distances) : at::Tensor();
+  stripe.distances = distances.mutable_data_ptr();
+  stripe.strengths = with_strengths ? strengths.mutable_data_ptr() : nullptr;
+  for (; stripe.first < anchors; stripe.first += rows) {
+    stripe.rows = std::min(rows, anchors - stripe.first);
+    {
+      const Stage stage("tiles");
+      pair_distances(b.view, stripe, stream);
+    }
+    run(stripe);
+  }
+}
+
+// Norms, where distances need them; and where there are no distances to show it, whether the rows are finite.
+inline void prepare(const OwnedBatch& b, void* stream) {
+  if (b.view.distance == Distance::cosine || b.x.size(0) == 0 || b.ref.size(0) == 0) row_norms(b.view, stream);
+}
+
+using LossWithGradient = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// (loss, counts, means, grad, grad_ref). run_rows(stripe, scales, sums) launches the row kernel; finish(sums, outputs) makes the loss
+// of its sums. Scales are those of the outputs where `scaled_rows`: then rows are summed before their gradient is formed.
+template <class RunRows, class Finish>
+LossWithGradient loss_over_stripes(const OwnedBatch& b, int64_t counts, bool with_gradient, bool scaled_rows, RunRows run_rows,
+                                   Finish finish) {
+  void* stream = current_stream(b.x);
+  prepare(b, stream);
+  const int64_t anchors = b.x.size(0), references = b.ref.size(0), depth = b.x.size(1);
+  const auto options = b.x.options().dtype(compute_type(b.x.scalar_type()));
+  const at::Tensor row_sums = at::zeros({anchors, int64_t(sizeof(RowSums) / sizeof(int64_t))}, b.x.options().dtype(at::kLong));
+  RowSums* sums = reinterpret_cast<RowSums*>(row_sums.mutable_data_ptr<int64_t>());
+  at::Tensor loss = at::empty({}, options), count = at::empty({counts}, options.dtype(at::kLong)), means = at::empty({2}, options);
+  const at::Tensor scales = at::empty({2}, options.dtype(at::kDouble));
+  double* scale = scales.mutable_data_ptr<double>();
+  const LossOutputs out{loss.mutable_data_ptr(), count.mutable_data_ptr<int64_t>(), means.mutable_data_ptr(), scale};
+
+  if (with_gradient && scaled_rows) {
+    for_each_stripe(b, false, stream, [&](const Stripe& stripe) { run_rows(stripe, nullptr, sums, stream); });
+    finish(sums, out, stream);
+  }
+  at::Tensor grad = at::zeros({with_gradient ? anchors : 0, depth}, options);
+  at::Tensor grad_ref = at::zeros({with_gradient && !b.view.self_form ? references : 0, depth}, options);
+  const auto pull_together = [&](const Stripe& stripe, bool of_anchors, at::Tensor& gradient) {
+    const Stage stage("gradient");
+    const int splits = pull_splits(b.view, stripe, of_anchors);
+    const at::Tensor partial = at::empty({splits > 1 ? splits : 0, of_anchors ? stripe.rows : references, depth}, options);
+    pull(b.view, stripe, of_anchors, splits, partial.mutable_data_ptr(), gradient.mutable_data_ptr(), stream);
+  };
+  for_each_stripe(b, with_gradient, stream, [&](const Stripe& stripe) {
+    {
+      const Stage stage("rows");
+      run_rows(stripe, scaled_rows ? scale : nullptr, sums, stream);
+    }
+    if (!with_gradient) return;
+    pull_together(stripe, true, grad);
+    pull_together(stripe, false, b.view.self_form ? grad : grad_ref);
+  });
+  if (!with_gradient || !scaled_rows) finish(sums, out, stream);
+  if (with_gradient) {
+    finish_gradient(b.view, true, scaled_rows ? nullptr : scale, grad.mutable_data_ptr(), stream);
+    if (!b.view.self_form) finish_gradient(b.view, false, scaled_rows ? nullptr : scale, grad_ref.mutable_data_ptr(), stream);
+  }
+  return {loss, count, means, grad, grad_ref};
+}
+
+}  // namespace deepsim::cuda

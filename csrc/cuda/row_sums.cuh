@@ -1,0 +1,80 @@
+// From the anchors' sums to a loss and its statistics.
+#pragma once
+
+#include "all_pairs.h"
+#include "block.cuh"
+
+namespace deepsim::cuda {
+
+struct RowSumsShared {
+  double values[kBlockWarps];
+  int64_t counts[kBlockWarps];
+};
+
+__device__ __forceinline__ double ratio(double sum, int64_t count) { return count > 0 ? sum / double(count) : 0; }
+
+// 1 / what a sum of losses is divided by.
+__device__ __forceinline__ double reduction_scale(SumReduction reduction, int64_t all, int64_t active) {
+  const int64_t divisor = reduction == SumReduction::sum ? 1 : reduction == SumReduction::mean ? all : active;
+  return divisor > 0 ? 1 / double(divisor) : 1;
+}
+
+struct TripletFormula {
+  SumReduction reduction;
+
+  template <class T>
+  __device__ __forceinline__ void operator()(const RowSums& total, const LossOutputs& out) const {
+    const double scale = reduction_scale(reduction, total.counts[1], total.counts[2]);
+    *static_cast<T*>(out.loss) = T((total.values[0] > 0 ? total.values[0] : 0) * scale);
+    for (int i = 0; i < 3; ++i) out.counts[i] = total.counts[i];
+    for (int i = 0; i < 2; ++i) static_cast<T*>(out.means)[i] = T(ratio(total.values[1 + i], total.counts[1]));
+    out.scales[0] = out.scales[1] = scale;
+  }
+};
+
+struct PairFormula {
+  SumReduction reduction;
+  bool overflows;  // a margin beyond T: a negative with a loss has an infinite one
+
+  template <class T>
+  __device__ __forceinline__ void operator()(const RowSums& total, const LossOutputs& out) const {
+    const int64_t pairs = total.counts[0] + total.counts[1];
+    double sum = 0;
+    for (int side = 0; side < 2; ++side) {
+      const int64_t active = total.counts[2 + side];
+      out.scales[side] = reduction_scale(reduction, pairs, active);
+      sum += (side == 1 && active > 0 && overflows ? infinity<double>() : total.values[side]) * out.scales[side];
+      static_cast<T*>(out.means)[side] = T(ratio(total.values[2 + side], total.counts[side]));
+    }
+    *static_cast<T*>(out.loss) = T(sum);
+    for (int i = 0; i < 4; ++i) out.counts[i] = total.counts[i];
+  }
+};
+
+// One block.
+template <class T, class Formula>
+__global__ void __launch_bounds__(kBlockThreads) finish_sums_kernel(const RowSums* sums, int64_t rows, const Flags* flags, Formula formula,
+                                                                    LossOutputs out) {
+  auto& shared = shared_memory<RowSumsShared>();
+  RowSums total = {};
+  for (int64_t i = threadIdx.x; i < rows; i += kBlockThreads) {
+    for (int v = 0; v < 4; ++v) total.values[v] += sums[i].values[v];
+    for (int v = 0; v < 4; ++v) total.counts[v] += sums[i].counts[v];
+  }
+  for (int v = 0; v < 4; ++v) total.values[v] = block_sum(total.values[v], shared.values);
+  for (int v = 0; v < 4; ++v) total.counts[v] = block_sum(total.counts[v], shared.counts);
+  if (threadIdx.x != 0) return;
+  formula.template operator()<T>(total, out);
+  if (flags->not_finite == 0) return;
+  *static_cast<T*>(out.loss) = not_a_number<T>();
+  for (int i = 0; i < 2; ++i) static_cast<T*>(out.means)[i] = not_a_number<T>();
+}
+
+// A row's sums from those of its threads.
+__device__ __forceinline__ void store_sums(RowSums own, RowSumsShared& shared, RowSums& out) {
+  for (int v = 0; v < 4; ++v) own.values[v] = block_sum(own.values[v], shared.values);
+  for (int v = 0; v < 4; ++v) own.counts[v] = block_sum(own.counts[v], shared.counts);
+  if (threadIdx.x == 0) out = own;
+}
+
+}  // namespace deepsim::cuda
