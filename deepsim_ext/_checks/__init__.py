@@ -16,6 +16,8 @@ from .batch import (
     batch_contrastive_options,
     batch_hard,
     batch_hard_options,
+    cross_batch_memory,
+    cross_batch_memory_options,
     semi_hard_options,
 )
 from .layers import (
@@ -80,6 +82,8 @@ __all__ = [
     "content_options",
     "contrastive",
     "contrastive_options",
+    "cross_batch_memory",
+    "cross_batch_memory_options",
     "flag",
     "gram_matrix",
     "gram_normalization",

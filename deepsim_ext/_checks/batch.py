@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from .options import BATCH_REDUCTIONS, DISTANCES, TRIPLET_REDUCTIONS, choice, flag, margin_value
+from .options import (
+    BATCH_REDUCTIONS,
+    DISTANCES,
+    TRIPLET_REDUCTIONS,
+    choice,
+    flag,
+    margin_value,
+    positive_integer,
+)
 from .tensors import check_columns, check_embeddings, check_labels, match_dtypes
-from .texts import error
+from .texts import describe, error, short_name
 
 SEMI_HARD_DEFINITIONS = ("facenet", "tfa", "pml")
 
@@ -102,6 +111,27 @@ def batch_contrastive_options(
     _loss_options(function, distance, reduction, BATCH_REDUCTIONS, return_stats)
     pos_margin = margin_value(function, "pos_margin", pos_margin)
     return pos_margin, margin_value(function, "neg_margin", neg_margin)
+
+
+def cross_batch_memory_options(
+    function: str, *, embedding_size: int, memory_size: int, weight: float
+) -> tuple[int, int, float]:
+    """The options of CrossBatchMemory, as ints and a float."""
+    return (
+        positive_integer(function, "embedding_size", embedding_size),
+        positive_integer(function, "memory_size", memory_size),
+        margin_value(function, "weight", weight),
+    )
+
+
+def cross_batch_memory(function: str, embeddings: Tensor, labels: Tensor, memory: Tensor) -> None:
+    """A batch that a loss takes and that `memory` [M, D] can hold as it is, without rounding."""
+    check_embeddings(function, "embeddings", embeddings, "[N, D]")
+    check_columns(function, "embeddings", embeddings, "N", "memory", memory)
+    if torch.promote_types(embeddings.dtype, memory.dtype) != memory.dtype:
+        expected = f"of a dtype that a {short_name(memory.dtype)} memory holds exactly"
+        raise error(TypeError, function, "embeddings", expected, describe(embeddings))
+    check_labels(function, "labels", labels, "N", "embeddings", embeddings)
 
 
 def _loss_options(

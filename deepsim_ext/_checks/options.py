@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from .texts import describe, error, one_of
@@ -36,6 +36,16 @@ def margin_value(function: str, argument: str, value: float) -> float:
     if not 0 <= to_float(value) < math.inf:  # NaN fails too
         raise error(ValueError, function, argument, expected, describe(value))
     return float(value)
+
+
+def positive_integer(function: str, argument: str, value: int) -> int:
+    """An integer >= 1."""
+    expected = "an integer >= 1"
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise error(TypeError, function, argument, expected, describe(value))
+    if value < 1:
+        raise error(ValueError, function, argument, expected, describe(value))
+    return int(value)
 
 
 def is_number(value: Any) -> bool:
