@@ -53,6 +53,7 @@ def environment() -> dict[str, str | int | float]:
         "torch": torch.__version__,
         "deepsim_ext": deepsim_ext.__version__,
         "pytorch_metric_learning": _version("pytorch-metric-learning"),
+        "sentence_transformers": _version("sentence-transformers"),
         "system": platform.platform(),
         "commit": _git_commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -1,17 +1,20 @@
-"""`python -m benchmarks.readme`: writes the README's figures from the record in results/cpu.json."""
+"""`python -m benchmarks.readme`: writes the README's figures from results/cpu.json and hardness.json."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-from .report import Record
+from . import hardness
+from .report import Record, table
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULT = Path(__file__).parent / "results" / "cpu.json"
 BEGIN, END = "<!-- figures: python -m benchmarks.readme -->\n", "<!-- end of figures -->\n"
+HARDNESS_BEGIN, HARDNESS_END = BEGIN.replace("figures", "hardness"), END.replace("figures", "hardness")
 
 BATCH_HARD_CASES = [f"N={n} D={d} float32" for d in (128, 512) for n in (256, 1024, 4096, 8192)]
 STYLE_CASES = [f"{size}x{size} all layers" for size in (256, 512)]
@@ -59,12 +62,45 @@ def _table(records: list[Record], op: str, cases: list[str], rivals: list[str]) 
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def with_section(text: str, new: str) -> str:
+def hardness_section(result: dict[str, Any]) -> str:
+    """For every case and library the largest errors of its losses, and its choices: not the best, wrong."""
+    header = [""]
+    for library in hardness.LIBRARIES:
+        header += [f"{library}: loss", "gradient", "choices"]
+    rows = []
+    for case in dict.fromkeys(r["case"] for r in result["records"]):
+        row = [case]
+        for library in hardness.LIBRARIES:
+            mine = [r for r in result["records"] if (r["case"], r["library"]) == (case, library)]
+            losses = [r for r in mine if "gradient_error" in r]
+            row += [_worst(losses, "error"), _worst(losses, "gradient_error")]
+            not_best, wrong, choices = (
+                sum(r[key] for r in mine if key in r) for key in ("not_best", "wrong", "choices")
+            )
+            row.append(f"{not_best}, {wrong} of {choices}")
+        rows.append(row)
+    return table(header, rows)
+
+
+def _worst(records: list[Record], key: str) -> str:
+    """The largest error; NaN is worse than all."""
+    errors = [float(r[key]) for r in records]
+    return hardness.as_text(max(errors, key=lambda error: (math.isnan(error), error)))
+
+
+def with_section(text: str, new: str, begin: str = BEGIN, end: str = END) -> str:
     """`text` with what stands between the markers replaced."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return before + BEGIN + new + END + after
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    return before + begin + new + end + after
+
+
+def with_figures(text: str) -> str:
+    """`text` with every section replaced by what the records say."""
+    text = with_section(text, section(json.loads(RESULT.read_text())))
+    new = hardness_section(json.loads(hardness.RESULT.read_text()))
+    return with_section(text, new, HARDNESS_BEGIN, HARDNESS_END)
 
 
 if __name__ == "__main__":
-    README.write_text(with_section(README.read_text(), section(json.loads(RESULT.read_text()))))
+    README.write_text(with_figures(README.read_text()))

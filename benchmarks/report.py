@@ -63,7 +63,7 @@ def _number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}g}" if abs(value) < 10 ** (digits - 1) else f"{value:.0f}"
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
@@ -124,15 +124,15 @@ def markdown(environment: Record, records: list[Record], bars: list[Bar]) -> str
     for op in dict.fromkeys(r["op"] for r in records):
         times = [r for r in records if r["op"] == op and r["kind"] == "time"]
         memory = [r for r in records if r["op"] == op and r["kind"] == "memory"]
-        parts += [f"## {op}: time\n", _table(time_header, _time_rows(times))]
+        parts += [f"## {op}: time\n", table(time_header, _time_rows(times))]
         if memory:
             parts += [
                 f"## {op}: peak memory of forward + backward, beyond the input\n",
-                _table(memory_header, _memory_rows(memory)),
+                table(memory_header, _memory_rows(memory)),
             ]
     if bars:
         rows = [[bar.status, bar.text, _number(bar.figure), bar.limit] for bar in bars]
-        parts += ["## Bars\n", _table(["status", "bar", "measured", "limit"], rows)]
+        parts += ["## Bars\n", table(["status", "bar", "measured", "limit"], rows)]
     return "\n".join(parts)
 
 

@@ -16,6 +16,7 @@ from benchmarks import (
     bench_batch_hard,
     bench_style,
     check,
+    hardness,
     instructions,
     memory,
     readme,
@@ -255,10 +256,49 @@ def test_quick_run_writes_results(tmp_path, capsys):
 
 
 def test_the_figures_in_the_readme_are_those_of_the_record():
-    result = json.loads(readme.RESULT.read_text())
     text = readme.README.read_text()
-    assert readme.with_section(text, readme.section(result)) == text
+    assert readme.with_figures(text) == text
+    result = json.loads(readme.RESULT.read_text())
     assert all(bar["status"] != "not measured" for bar in result["bars"])
+
+
+def test_the_readme_shows_the_worst():
+    record = {"case": "c", "error": 1.0, "gradient_error": 2.0}
+    worse = record | {"what": "b", "error": "inf", "gradient_error": "nan"}
+    choices = {"case": "c", "what": "d", "error": 9.0, "choices": 8, "not_best": 5, "wrong": 3}
+    records = [r | {"library": name} for name in hardness.LIBRARIES for r in (worse, record, choices)]
+    assert "| c | inf | nan | 5, 3 of 8 |" in readme.hardness_section({"records": records})
+
+
+def test_hard_inputs_are_computed_right():
+    """All but batch-hard's choice within clusters 1e4 apart, which is finer than what selection promises."""
+    result = json.loads(hardness.RESULT.read_text(), parse_constant=pytest.fail)
+    cases = hardness.cases()
+    ours = [r for r in result["records"] if r["library"] == hardness.OURS]
+    assert len(ours) == len(cases) * (len(hardness.LOSSES) + 2)
+    for record in ours:
+        dtype = cases[record["case"]].embeddings.dtype
+        limit = 1e-5 if dtype is torch.float32 else torch.finfo(dtype).eps / 2
+        if record["case"] == "half of the classes 1e4 away":
+            limit = 1e-3
+        if record["what"] == "batch-hard" and "1e4" in record["case"]:
+            limit = float("inf")
+        errors = [record[key] for key in ("error", "gradient_error") if key in record]
+        assert all(0 <= error <= limit for error in errors), record
+        assert record.get("wrong", 0) == 0
+
+
+def test_hardness_of_small_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(hardness, "N", 48)
+    hardness.main(["--output", str(tmp_path)])
+    records = json.loads((tmp_path / "hardness.json").read_text(), parse_constant=pytest.fail)["records"]
+    assert {r["library"] for r in records} == set(hardness.LIBRARIES)
+    text = (tmp_path / "hardness.md").read_text()
+    assert text.count("| deepsim_ext |") == sum(r["library"] == hardness.OURS for r in records)
+    kept = {
+        (r["case"], r["what"], r["library"]): r for r in json.loads(hardness.RESULT.read_text())["records"]
+    }
+    assert kept.keys() == {(r["case"], r["what"], r["library"]) for r in records}
 
 
 def baseline_of(tmp_path, **different: object):
