@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,13 +59,49 @@ def test_quick_run(installed: None, tmp_path: Path) -> None:
     assert large["peak_bytes"] < 32 * 2**20 < large["torch_peak_bytes"]  # the N x N matrix has 64 MiB
     numbers = record["numbers"]["Metric learning"]
     assert len(numbers["losses"]) == len(numbers["reference_losses"]) > 0
+    assert_every_loss_is_shown(process.stdout, tmp_path)
     assert len(record["figures"]) == 5
     for name in record["figures"]:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+def assert_every_loss_is_shown(printed: str, output: Path) -> None:
+    """A line for each of four losses, called in two ways, in the terminal and in the report."""
+    record = json.loads((output / "report.json").read_text())
+    accuracies = record["numbers"]["Every loss, called in two ways"]["accuracies"]
+    assert len(accuracies) == 8
+    for loss, way, (single, several) in accuracies:
+        assert 0.5 < single < several <= 1
+        line = rf"\| {loss} +\| {way} +\| +{single:.3f} \| +{several:.3f} \|"
+        for text in (printed, (output / "report.md").read_text()):
+            assert re.search(line, text)
+
+
+def test_quick_run_of_every_loss(installed: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.run(arguments("--quick", "--only", "losses", "--output", tmp_path)) == 0
+    assert_every_loss_is_shown(capsys.readouterr().out, tmp_path)
+
+
+def test_every_loss_by_functional_and_compat(installed: None) -> None:
+    from deepsim_ext.demo import losses
+
+    x, labels = torch.randn(24, 8, dtype=torch.float64, requires_grad=True), torch.arange(24) // 3
+    ours, theirs = losses.functional_losses(), losses.compat_losses()
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        values = [losses_of[name](x, labels) for losses_of in (ours, theirs)]
+        assert values[0] > 0
+        torch.testing.assert_close(*values)
+        torch.testing.assert_close(*(torch.autograd.grad(value, x)[0] for value in values))
+
+
 @pytest.mark.parametrize(
-    ("part", "function"), [("metric", "batch_hard_triplet_loss"), ("style", "style_loss")]
+    ("part", "function"),
+    [
+        ("metric", "batch_hard_triplet_loss"),
+        ("losses", "batch_semi_hard_triplet_loss"),
+        ("style", "style_loss"),
+    ],
 )
 def test_wrong_loss_fails(
     no_memory_measured: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, part: str, function: str

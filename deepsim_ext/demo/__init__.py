@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("demo_output"),
         help="folder for figures and report (default: %(default)s)",
     )
-    parser.add_argument("--only", choices=["metric", "style"], help="one part instead of both")
+    parser.add_argument("--only", choices=["metric", "losses", "style"], help="one part instead of all")
     parser.add_argument(
         "--quick", action="store_true", help="few steps on a small picture, to see that all works"
     )
@@ -49,9 +49,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from . import metric_learning, report, style_transfer
+    from . import losses, metric_learning, report, style_transfer
 
-    runs = {"metric": metric_learning.run, "style": style_transfer.run}
+    runs = {"metric": metric_learning.run, "losses": losses.run, "style": style_transfer.run}
     args.output.mkdir(parents=True, exist_ok=True)
     parts = [run(args.output, quick=args.quick) for name, run in runs.items() if args.only in (None, name)]
     print(report.write(parts, args.output))

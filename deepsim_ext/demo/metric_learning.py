@@ -14,7 +14,7 @@ loss and once with the reference, from the same seed. Two questions are asked of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,12 +63,12 @@ def run(output: Path, *, quick: bool = False) -> Part:
     steps = 40 if quick else 500
 
     ours = Training(MeasuredLoss(functional.batch_hard_triplet_loss, reference.batch_hard_triplet_loss))
-    before = ours.embed(images[unseen])
+    before = embed(ours.network, images[unseen])
     theirs = Training(MeasuredLoss(reference.batch_hard_triplet_loss))
     with one_thread():
         ours.train(images[~unseen], digits[~unseen], steps, "deepsim_ext")
         theirs.train(images[~unseen], digits[~unseen], steps, "reference")
-    after = ours.embed(images[unseen])
+    after = embed(ours.network, images[unseen])
 
     results = {
         (when, k): verify(embeddings, digits[unseen], k)
@@ -202,6 +202,40 @@ class Sampler:
         return torch.stack([p[torch.randint(len(p), (), generator=self.generator)] for p in pools])
 
 
+def fit(
+    network: nn.Module,
+    images: Tensor,
+    digits: Tensor,
+    steps: int,
+    name: str,
+    backward: Callable[[Tensor, Tensor], float],
+    max_lr: float = 3e-3,
+) -> None:
+    """Some steps of AdamW on classes made of the given digits.
+
+    backward: runs the backward pass of a loss of (network output, labels) and returns the loss.
+    """
+    sampler = Sampler(images, digits)
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=max_lr, total_steps=steps)
+    network.train()
+    with tqdm(range(steps), desc=f"metric learning, {name}", unit="step") as progress:
+        for _ in progress:
+            batch, labels = sampler.batch(CLASSES_PER_BATCH, IMAGES_PER_CLASS)
+            optimizer.zero_grad()
+            value = backward(network(batch), labels)
+            optimizer.step()
+            schedule.step()
+            progress.set_postfix(loss=f"{value:.4f}")
+
+
+def embed(network: nn.Module, images: Tensor) -> Tensor:
+    """Embeddings [N, EMBEDDING_SIZE] on the unit sphere."""
+    network.eval()
+    with torch.no_grad():
+        return F.normalize(network(images))
+
+
 class Training:
     """A network trained by one version of the loss, and the record of it."""
 
@@ -209,30 +243,16 @@ class Training:
         self.loss = loss
         self.network = build_network()
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Embeddings [N, EMBEDDING_SIZE] on the unit sphere."""
-        self.network.eval()
-        with torch.no_grad():
-            return F.normalize(self.network(images))
-
     def train(self, images: Tensor, digits: Tensor, steps: int, name: str) -> None:
-        """Some steps of AdamW on classes made of the given digits."""
-        sampler = Sampler(images, digits)
-        optimizer = torch.optim.AdamW(self.network.parameters(), weight_decay=1e-3)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
-        self.network.train()
-        with tqdm(range(steps), desc=f"metric learning, {name}", unit="step") as progress:
-            for _ in progress:
-                batch, labels = sampler.batch(CLASSES_PER_BATCH, IMAGES_PER_CLASS)
-                embeddings = F.normalize(self.network(batch))
-                value, (gradient,) = self.loss(
-                    [embeddings], lambda loss, xs, labels=labels: loss(xs[0], labels, margin=MARGIN)
-                )
-                optimizer.zero_grad()
-                embeddings.backward(gradient)
-                optimizer.step()
-                schedule.step()
-                progress.set_postfix(loss=f"{value:.4f}")
+        """Some steps on classes made of the given digits."""
+
+        def backward(output: Tensor, labels: Tensor) -> float:
+            embeddings = F.normalize(output)
+            value, (gradient,) = self.loss([embeddings], lambda loss, xs: loss(xs[0], labels, margin=MARGIN))
+            embeddings.backward(gradient)
+            return value
+
+        fit(self.network, images, digits, steps, name, backward)
 
 
 @dataclass(frozen=True)
@@ -306,7 +326,7 @@ def _large_batch(training: Training, images: Tensor, digits: Tensor, repeats: in
     """All scans, over and over with other distortions, through the trained network: a usual batch size."""
     copies = torch.arange(LARGE_BATCH) % len(images)
     pictures, labels = Sampler(images, digits).distort(images[copies]), digits[copies]
-    embeddings = training.embed(pictures).float()
+    embeddings = embed(training.network, pictures).float()
 
     def ours(xs: list[Tensor]) -> Tensor:
         return functional.batch_hard_triplet_loss(xs[0], labels, margin=MARGIN)

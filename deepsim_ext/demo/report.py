@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -58,11 +58,12 @@ class Check:
 
 @dataclass
 class Part:
-    """Outcome of one part of the demo; `figures` are file names in the output folder."""
+    """Outcome of one part of the demo: `tables` in Markdown, `figures` by file name in the output folder."""
 
     title: str
     rows: list[Row] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
     figures: list[str] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
 
@@ -132,17 +133,24 @@ def relative_differences(values: Sequence[float], expected: Sequence[float]) -> 
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table whose columns line up, for a terminal as well."""
+    """The rows as a Markdown table."""
     cells = [["replaced", "input", "ms", "torch ms", "speed-up", "MiB", "torch MiB", "agreement"]]
     for row in rows:
         times = [f"{row.milliseconds:.2f}", f"{row.torch_milliseconds:.2f}", f"{row.speedup:.1f}x"]
         memory = [f"{peak / 2**20:.1f}" for peak in (row.peak_bytes, row.torch_peak_bytes)]
         cells.append([row.replaced, row.input, *times, *memory, row.agreement])
-    numeric = range(2, 7)
+    return markdown_table(cells, numeric=range(2, 7))
+
+
+def markdown_table(cells: Sequence[Sequence[str]], numeric: Collection[int]) -> str:
+    """Header and lines as a Markdown table whose columns line up, for a terminal as well.
+
+    numeric: the columns that stand on the right.
+    """
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * (w - 1) + ":" if i in numeric else "-" * w for i, w in enumerate(widths)])
+    rule = ["-" * (w - 1) + ":" if i in numeric else "-" * w for i, w in enumerate(widths)]
     lines = []
-    for line in cells:
+    for line in [cells[0], rule, *cells[1:]]:
         padded = [
             c.rjust(w) if i in numeric else c.ljust(w)
             for i, (c, w) in enumerate(zip(line, widths, strict=True))
@@ -162,14 +170,17 @@ def write(parts: Sequence[Part], output: Path) -> str:
     rows = [row for part in parts for row in part.rows]
     checks = [check for part in parts for check in part.checks]
     note = "ms: forward and backward, median; MiB: peak extra memory of one, beyond the inputs."
-    summary = "\n".join([table(rows), "", note])
+    summary = "\n".join([table(rows), "", note]) if rows else ""
     sections = []
     for part in parts:
         pictures = [f"![{name}]({name})" for name in part.figures]
         sections.append(
-            "\n\n".join([f"## {part.title}", "\n".join(f"- {c}" for c in part.checks), *pictures])
+            "\n\n".join(
+                [f"## {part.title}", *part.tables, "\n".join(f"- {c}" for c in part.checks), *pictures]
+            )
         )
-    text = "\n\n".join(["# deepsim_ext demo", f"Measured with {machine()}.", summary, *sections])
+    heading = ["# deepsim_ext demo", f"Measured with {machine()}."]
+    text = "\n\n".join(filter(None, [*heading, summary, *sections]))
     (output / "report.md").write_text(text + "\n")
     record = {
         "machine": machine(),
@@ -180,4 +191,5 @@ def write(parts: Sequence[Part], output: Path) -> str:
         "figures": [name for part in parts for name in part.figures],
     }
     (output / "report.json").write_text(json.dumps(record, indent=2) + "\n")
-    return "\n".join([summary, "", *map(str, checks)])
+    tables = [text for part in parts for text in part.tables]
+    return "\n\n".join(filter(None, [summary, *tables, "\n".join(map(str, checks))]))
