@@ -6,17 +6,8 @@
 #include "common/scale_gradients.h"
 
 namespace deepsim {
-namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
-
-std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad_loss, const at::Tensor& grad, const at::Tensor& grad_ref,
-                                            const at::Tensor& embeddings, const at::Tensor&, const OptionalTensor& ref_embeddings,
-                                            const OptionalTensor&, double, double, bool, std::string_view, std::string_view) {
-  return scale_gradients("batch_contrastive_loss_backward", grad_loss, grad, grad_ref, embeddings, ref_embeddings);
-}
-
-}  // namespace
+constexpr char kBackward[] = "batch_contrastive_loss_backward";
 
 TORCH_LIBRARY_FRAGMENT(deepsim_ext, m) {
   // Over ordered pairs. counts: positive pairs, negative pairs, and those of either with a loss > 0; means: of the positive and the
@@ -32,6 +23,8 @@ TORCH_LIBRARY_FRAGMENT(deepsim_ext, m) {
       " -> (Tensor grad_embeddings, Tensor grad_ref_embeddings)");
 }
 
-TORCH_LIBRARY_IMPL(deepsim_ext, CompositeExplicitAutograd, m) { m.impl("batch_contrastive_loss_backward", backward); }
+TORCH_LIBRARY_IMPL(deepsim_ext, CompositeExplicitAutograd, m) {
+  m.impl(kBackward, scale_gradients<kBackward, double, double, bool, std::string_view, std::string_view>);
+}
 
 }  // namespace deepsim

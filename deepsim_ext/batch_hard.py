@@ -1,4 +1,5 @@
-"""Batch-hard mining and triplet loss: the functions that people call, and the ops' shapes and gradients."""
+"""Batch-hard mining and triplet loss, and those by other strategies: the functions that people call, and the
+ops' shapes and gradients."""
 
 from __future__ import annotations
 
@@ -20,12 +21,15 @@ def batch_hard_mine(
     ref_embeddings: Tensor | None = None,
     ref_labels: Tensor | None = None,
     *,
+    positive: str = "hard",
+    negative: str = "hard",
     distance: str = "euclidean",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Hardest positive (the farthest of its label) and negative (the nearest of another) of every anchor.
 
-    Source: Hermans, Beyer, Leibe, "In Defense of the Triplet Loss for Person Re-Identification" (2017),
-    eq. 5.
+    Or easier ones. Source: Hermans, Beyer, Leibe, "In Defense of the Triplet Loss for Person
+    Re-Identification" (2017), eq. 5; the other strategies are those of pytorch-metric-learning's
+    BatchEasyHardMiner.
 
     Args:
         embeddings: [N, D] with D >= 1; float32, float64, bfloat16 or float16.
@@ -33,21 +37,32 @@ def batch_hard_mine(
         ref_embeddings, ref_labels: [M, D] and int64 [M], the rows to choose from; dtype of `embeddings`
             (under autocast a mix goes to the widest). None, or `embeddings` itself: choose from the batch,
             where no anchor is its own positive; `ref_labels` then has no effect.
+        positive: "hard" is the farthest, "easy" the nearest, "semihard" the farthest that is nearer than the
+            negative.
+        negative: "hard" is the nearest, "easy" the farthest, "semihard" the nearest that is farther than the
+            positive; not both "semihard". All but "hard" with "hard" run on the CPU only so far.
         distance: "euclidean", "sqeuclidean" or "cosine" (1 - cos; a zero vector is at distance 1 from all).
 
     Returns:
         (anchors, positives, negatives): int64 of one length, anchors ascending, only those that have both.
-        Identical rows: the lowest index. With a NaN or inf in the embeddings nothing is chosen.
-        Their length depends on the values, so torch.vmap cannot batch this call.
+        Identical rows: the lowest index. Which of two almost equal distances is larger, rounding decides.
+        With a NaN or inf in the embeddings nothing is chosen. Their length depends on the values, so
+        torch.vmap cannot batch this call.
 
     Raises:
         TypeError: an argument of the wrong Python type or dtype.
-        ValueError: unknown distance, or shapes or devices that do not go together.
+        ValueError: unknown strategy or distance, both strategies "semihard", or shapes or devices that do not
+            go together.
     """
+    _checks.mining_strategies("batch_hard_mine", positive=positive, negative=negative)
     arguments = _checks.batch_hard(
         "batch_hard_mine", embeddings, labels, ref_embeddings, ref_labels, distance=distance
     )
-    positives, negatives = _ops.batch_hard_mine(*(_detached(a) for a in arguments), distance)
+    sets = [None if a is None else a.detach() for a in arguments]
+    if positive == negative == "hard":
+        positives, negatives = _ops.batch_hard_mine(*sets, distance)
+    else:
+        positives, negatives = _ops.mine_triplets(*sets, positive, negative, distance)
     anchors = torch.nonzero(positives >= 0).squeeze(1)
     return anchors, positives[anchors].long(), negatives[anchors].long()
 
@@ -58,6 +73,8 @@ def batch_hard_triplet_loss(
     ref_embeddings: Tensor | None = None,
     ref_labels: Tensor | None = None,
     *,
+    positive: str = "hard",
+    negative: str = "hard",
     margin: float = 0.2,
     soft: bool = False,
     distance: str = "euclidean",
@@ -66,17 +83,19 @@ def batch_hard_triplet_loss(
 ) -> Tensor | TripletLossResult:
     """Triplet loss of every anchor with its hardest positive and hardest negative, without an N x N matrix.
 
-    `relu(d_ap - d_an + margin)`, or `softplus(d_ap - d_an)` when `soft`. An anchor without a positive or
-    without a negative is not valid and costs nothing. Source: Hermans, Beyer, Leibe, "In Defense of the
-    Triplet Loss for Person Re-Identification" (2017), eq. 5; the soft margin is of its section 2.
+    Or with easier ones. `relu(d_ap - d_an + margin)`, or `softplus(d_ap - d_an)` when `soft`. An anchor
+    without such a positive or without such a negative is not valid and costs nothing. Source: Hermans, Beyer,
+    Leibe, "In Defense of the Triplet Loss for Person Re-Identification" (2017), eq. 5; the soft margin is of
+    its section 2.
 
     Tiles of distances only choose the triplets; the chosen distances are then computed again as direct
     differences, so loss and gradient are exact to rounding. Both, and the choice, come out in the same bits
     from every run, for any number of threads.
 
     Args:
-        embeddings, labels, ref_embeddings, ref_labels, distance: as in `batch_hard_mine`. (Under torch.vmap
-            leave the references out for the self form: it hides that two arguments are one tensor.)
+        embeddings, labels, ref_embeddings, ref_labels, positive, negative, distance: as in `batch_hard_mine`.
+            (Under torch.vmap leave the references out for the self form: it hides that two arguments are one
+            tensor.)
         margin: finite, >= 0, in units of the distance; not used when `soft`.
         soft: the soft margin.
         reduction: "mean" over valid anchors, "mean_nonzero" over anchors whose loss is > 0, "sum", or "none"
@@ -91,17 +110,28 @@ def batch_hard_triplet_loss(
 
     Raises:
         TypeError: an argument of the wrong Python type or dtype.
-        ValueError: unknown distance or reduction, negative or non-finite margin, or shapes or devices that do
-            not go together.
+        ValueError: unknown strategy, distance or reduction, both strategies "semihard", negative or
+            non-finite margin, or shapes or devices that do not go together.
     """
     function = "batch_hard_triplet_loss"
     margin = _checks.batch_hard_options(
-        function, margin=margin, soft=soft, distance=distance, reduction=reduction, return_stats=return_stats
+        function,
+        positive=positive,
+        negative=negative,
+        margin=margin,
+        soft=soft,
+        distance=distance,
+        reduction=reduction,
+        return_stats=return_stats,
     )
     arguments = _checks.batch_hard(
         function, embeddings, labels, ref_embeddings, ref_labels, distance=distance
     )
-    loss, d_ap, d_an, positives, _ = _triplet_loss(*arguments, margin, soft, distance, reduction)
+    options = margin, soft, distance, reduction
+    if positive == negative == "hard":
+        loss, d_ap, d_an, positives, _ = _triplet_loss(*arguments, *options)
+    else:
+        loss, d_ap, d_an, positives, _ = _mined_triplet_loss(*arguments, positive, negative, *options)
     if not return_stats:
         return loss
     valid = positives >= 0
@@ -121,27 +151,22 @@ def batch_hard_triplet_loss(
     )
 
 
-def _detached(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach()
-
-
 # ---- shapes ------------------------------------------------------------------------------------------------
 
 
-def _index(embeddings: Tensor) -> Tensor:
-    return embeddings.new_empty(embeddings.shape[0], dtype=torch.int32)
-
-
 @torch.library.register_fake("deepsim_ext::batch_hard_mine")
-def _(embeddings, labels, ref_embeddings, ref_labels, distance):
-    return _index(embeddings), _index(embeddings)
+@torch.library.register_fake("deepsim_ext::mine_triplets")
+def _mined(embeddings, *_):
+    positives = embeddings.new_empty(embeddings.shape[0], dtype=torch.int32)
+    return positives, torch.empty_like(positives)
 
 
 @torch.library.register_fake("deepsim_ext::batch_hard_triplet_loss")
-def _(embeddings, labels, ref_embeddings, ref_labels, margin, soft, distance, reduction):
+@torch.library.register_fake("deepsim_ext::mined_triplet_loss")
+def _(embeddings, *options):
     per_anchor = embeddings.new_empty(embeddings.shape[0], dtype=_checks.compute_dtype(embeddings))
-    loss = torch.empty_like(per_anchor) if reduction == "none" else per_anchor.new_empty(())
-    return loss, per_anchor, torch.empty_like(per_anchor), _index(embeddings), _index(embeddings)
+    loss = torch.empty_like(per_anchor) if options[-1] == "none" else per_anchor.new_empty(())
+    return loss, per_anchor, torch.empty_like(per_anchor), *_mined(embeddings)
 
 
 @torch.library.register_fake("deepsim_ext::batch_hard_triplet_loss_backward")
@@ -154,7 +179,8 @@ def _(grad, embeddings, ref_embeddings, positives, negatives, d_ap, d_an, margin
 
 
 def _save_for_loss_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    embeddings, _, ref_embeddings, _, *ctx.options = inputs
+    embeddings, _, ref_embeddings, _, *options = inputs
+    ctx.options, ctx.inputs = options[-4:], len(inputs)  # strategies, which come first, are for mining only
     _, d_ap, d_an, positives, negatives = output
     ctx.mark_non_differentiable(d_ap, d_an, positives, negatives)
     ctx.save_for_backward(embeddings, ref_embeddings, positives, negatives, d_ap, d_an)
@@ -163,7 +189,7 @@ def _save_for_loss_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
 def _loss_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     grad, grad_ref = _triplet_loss_gradient(grad_loss, *saved, *ctx.options)
-    return grad, None, None if saved[1] is None else grad_ref, None, None, None, None, None
+    return grad, None, None if saved[1] is None else grad_ref, *(None,) * (ctx.inputs - 3)
 
 
 def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -194,7 +220,9 @@ def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
 
 
 register_vmap_by_loop("batch_hard_mine")
+register_vmap_by_loop("mine_triplets")
 _triplet_loss_gradient = differentiable(
     "batch_hard_triplet_loss_backward", _double_backward, _save_for_double_backward
 )
 _triplet_loss = differentiable("batch_hard_triplet_loss", _loss_backward, _save_for_loss_backward)
+_mined_triplet_loss = differentiable("mined_triplet_loss", _loss_backward, _save_for_loss_backward)

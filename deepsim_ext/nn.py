@@ -60,6 +60,8 @@ class BatchHardTripletLoss(_BatchLoss):
     def __init__(
         self,
         *,
+        positive: str = "hard",
+        negative: str = "hard",
         margin: float = 0.2,
         soft: bool = False,
         distance: str = "euclidean",
@@ -67,7 +69,13 @@ class BatchHardTripletLoss(_BatchLoss):
         return_stats: bool = False,
     ) -> None:
         super().__init__(
-            margin=margin, soft=soft, distance=distance, reduction=reduction, return_stats=return_stats
+            positive=positive,
+            negative=negative,
+            margin=margin,
+            soft=soft,
+            distance=distance,
+            reduction=reduction,
+            return_stats=return_stats,
         )
         _checks.batch_hard_options(type(self).__name__, **self.options)
 

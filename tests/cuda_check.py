@@ -35,6 +35,7 @@ SHARED_SOURCE = """
 #include "csrc/cuda/batch_hard.cu"
 #include "csrc/cuda/batch_semi_hard.cu"
 #include "csrc/cuda/gram.cu"
+#include "csrc/cuda/mine_triplets.cu"
 #include "csrc/cuda/nearest_neighbors.cu"
 using namespace deepsim::cuda;
 int main() {
@@ -48,6 +49,7 @@ int main() {
   std::printf("batch_all_rows_kernel %zu\\n", sizeof(BatchAllShared<double>));
   std::printf("contrastive_rows_kernel %zu\\n", sizeof(RowSumsShared));
   std::printf("semi_hard_rows_kernel %zu\\n", sizeof(SemiHardShared<double>));
+  std::printf("mine_rows_kernel %zu\\n", sizeof(MiningShared<double>));
   std::printf("nearest_rows_kernel %zu\\n", sizeof(NearestShared<double>));
   std::printf("finish_sums_kernel %zu\\n", sizeof(RowSumsShared));
   std::printf("pull_kernel %zu\\n", sizeof(PullShared<double>));
@@ -86,6 +88,7 @@ EXPECTATIONS = {
     "batch_all_rows_kernel": Expectation(least_blocks=2),
     "contrastive_rows_kernel": Expectation(least_blocks=2),
     "semi_hard_rows_kernel": Expectation(least_blocks=2),
+    "mine_rows_kernel": Expectation(least_blocks=2),
     "nearest_rows_kernel": Expectation(least_blocks=2),
     "nobody_near_kernel": Expectation(),
     "finish_sums_kernel": Expectation(),

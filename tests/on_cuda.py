@@ -15,6 +15,8 @@ OPS = (
     "batch_semi_hard_triplet_loss",
     "gram_matrix",
     "gram_matrix_backward",
+    "mine_triplets",
+    "mined_triplet_loss",
     "nearest_neighbors",
     "style_loss",
 )

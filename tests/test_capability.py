@@ -102,6 +102,10 @@ def check_all_pairs(dtype: torch.dtype) -> None:
             options = options | {"distance": DISTANCES[i % 3]}
             functions = getattr(functional, name), getattr(reference, name)
             compare(*functions, sample.tensors, options, 1e-10 if wide else 3e-5)
+        for strategies in (("easy", "easy"), ("easy", "hard"), ("hard", "semihard"), ("semihard", "easy")):
+            options = dict(zip(("positive", "negative"), strategies, strict=True))
+            mined = (f(*sample.tensors, **options) for f in (batch_hard_mine, reference.batch_hard_mine))
+            assert all(torch.equal(a, b) for a, b in zip(*mined, strict=True)), (sample.name, options)
         queries, _, gallery, _ = sample.tensors
         if len(queries if gallery is None else gallery) > 5:
             got, expected = (f(queries, gallery, 5) for f in (nearest_neighbors, reference.nearest_neighbors))

@@ -16,6 +16,7 @@ from deepsim_ext import _checks, functional, reference
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 FLOATS = "float32, float64, bfloat16 or float16"
 DISTANCES = '"euclidean", "sqeuclidean", "cosine"'
+STRATEGIES = '"hard", "easy", "semihard"'
 FEATURES = f"{FLOATS} of shape [B, C, *spatial] with 1 to 3 spatial dimensions, none of size 0"
 GRAM = f"{FLOATS} of shape [C, C], [1, C, C] or [B, C, C] with B=2, C=3"
 NORMALIZE = 'one of "none", "hw", "chw", "bchw" or a finite number > 0'
@@ -382,6 +383,17 @@ CASES = [
     *names(HARD, (X, Y), "distance", DISTANCES),
     *names(MINE, (X, Y), "distance", DISTANCES),
     *names(HARD, (X, Y), "reduction", '"mean", "mean_nonzero", "sum", "none"'),
+    *(
+        case
+        for function in (HARD, MINE)
+        for option in ("positive", "negative")
+        for case in names(function, (X, Y), option, STRATEGIES)
+    ),
+    *(
+        Case(function, (X, Y), {"positive": "semihard", "negative": "semihard"}, ValueError,
+             'negative must be "hard" or "easy" with positive="semihard", got "semihard"')
+        for function in (HARD, MINE)
+    ),
     *margins(HARD, (X, Y)),
     *flags(HARD, (X, Y), "soft"),
     *flags(HARD, (X, Y), "return_stats"),
@@ -470,6 +482,7 @@ def test_half_features_take_targets_in_half_or_in_the_dtype_of_their_gram_matrix
 
 LOSSES = {
     "batch_hard": lambda module, x, y, f, m: module.batch_hard_triplet_loss(x, y, x + 1, y, margin=m),
+    "strategies": lambda module, x, y, f, m: module.batch_hard_triplet_loss(x, y, margin=m, negative="easy"),
     "batch_all": lambda module, x, y, f, m: module.batch_all_triplet_loss(x, y, x + 1, y, margin=m),
     "semi_hard": lambda module, x, y, f, m: module.batch_semi_hard_triplet_loss(x, y, margin=m),
     "batch_contrastive": lambda module, x, y, f, m: module.batch_contrastive_loss(x, y, neg_margin=m),

@@ -16,7 +16,7 @@ import torch
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 
-from deepsim_ext.compat import _pairs
+from deepsim_ext.compat import _mining, _pairs
 from deepsim_ext.compat import pytorch_metric_learning as ours
 
 from .samples import Sample, balanced_labels
@@ -155,6 +155,19 @@ def test_batch_easy_hard_miner(strategies, distance):
         expected = miners.BatchEasyHardMiner(*strategies, *ranges, distance=DISTANCES[distance]())
         same_indices(got(*fresh(sample, torch.float64)), expected(*fresh(sample, torch.float64)))
         assert (got.num_pos_pairs, got.num_neg_pairs) == (expected.num_pos_pairs, expected.num_neg_pairs)
+
+
+@pytest.mark.parametrize("strategies", [s for s in STRATEGIES if "all" not in s], ids="-".join)
+def test_one_of_each_is_mined_by_the_op(strategies, monkeypatch):
+    """In chunks there is the same, for who asks for ranges."""
+    miner = ours.BatchEasyHardMiner(*strategies)
+    anything = ours.BatchEasyHardMiner(*strategies, (-1, 100), (-1, 100))
+    for sample in batches():
+        if sample.name != "same_labels_tensor":  # there a row of the references is left out for each anchor
+            expected = anything(*sample.tensors)
+            with monkeypatch.context() as m:
+                m.delattr(_mining, "pick")
+                same_indices(miner(*sample.tensors), expected)
 
 
 def test_defaults_of_the_miners():

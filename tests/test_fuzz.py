@@ -189,22 +189,27 @@ def batch_sets(d: Draw) -> list[Any]:
 
 
 DISTANCES = ("euclidean", "sqeuclidean", "cosine")
+STRATEGIES = ("hard", "easy", "semihard")
 TRIPLET_REDUCTIONS = ("mean", "mean_nonzero", "sum", "none")
 
 
+def strategies(d: Draw) -> dict[str, Any]:
+    return {"positive": d.name(*STRATEGIES), "negative": d.name(*STRATEGIES)}
+
+
 def mine(d: Draw) -> Call:
-    sets, distance = batch_sets(d), d.name(*DISTANCES)
+    sets, options = batch_sets(d), d.pick({}, strategies(d)) | {"distance": d.name(*DISTANCES)}
 
     def check(result: Any) -> bool:
         k = len(result[0])
         return len(result) == 3 and k <= len(sets[0]) and all(is_tensor(t, (k,), torch.int64) for t in result)
 
-    return lambda: deepsim_ext.batch_hard_mine(*sets, distance=distance), check
+    return lambda: deepsim_ext.batch_hard_mine(*sets, **options), check
 
 
 def triplet_loss(d: Draw) -> Call:
     sets = batch_sets(d)
-    options = {
+    options = d.pick({}, strategies(d)) | {
         "margin": d.number(),
         "soft": d.flag(),
         "distance": d.name(*DISTANCES),
@@ -348,22 +353,30 @@ ops = torch.ops.deepsim_ext
 
 def mine_op(d: Draw) -> Call:
     sets, distance = batch_sets(d), d.name(*DISTANCES)
+    call = d.pick(
+        lambda: ops.batch_hard_mine(*sets, distance),
+        lambda: ops.mine_triplets(*sets, *strategies(d).values(), distance),
+    )
 
     def check(result: Any) -> bool:
         return len(result) == 2 and all(is_tensor(t, sets[0].shape[:1], torch.int32) for t in result)
 
-    return lambda: ops.batch_hard_mine(*sets, distance), check
+    return call, check
 
 
 def triplet_loss_op(d: Draw) -> Call:
     sets, options = batch_sets(d), (d.number(), d.flag(), d.name(*DISTANCES), d.name(*TRIPLET_REDUCTIONS))
+    call = d.pick(
+        lambda: ops.batch_hard_triplet_loss(*sets, *options),
+        lambda: ops.mined_triplet_loss(*sets, *strategies(d).values(), *options),
+    )
 
     def check(result: Any) -> bool:
         n = sets[0].shape[:1]
         loss, *others = result
         return is_tensor(loss, n if options[3] == "none" else ()) and all(is_tensor(t, n) for t in others)
 
-    return lambda: ops.batch_hard_triplet_loss(*sets, *options), check
+    return call, check
 
 
 def triplet_loss_backward_op(d: Draw) -> Call:

@@ -23,8 +23,9 @@ def batch_hard_probe(
     def step(rows: int) -> Callable[[], object]:
         x = torch.randn(rows, int(d)).to(getattr(torch, dtype)).requires_grad_()
         labels = balanced_labels(rows, 4)
-        others = () if form == "self" else (x.detach().clone().requires_grad_(), labels.clone())
-        return lambda: batch_hard_triplet_loss(x, labels, *others).backward()
+        others = (x.detach().clone().requires_grad_(), labels.clone()) if form == "references" else ()
+        strategies = {"positive": "easy", "negative": "semihard"} if form == "strategies" else {}
+        return lambda: batch_hard_triplet_loss(x, labels, *others, **strategies).backward()
 
     return step(int(n)), step(64)
 
@@ -44,7 +45,7 @@ def style_probe(loss: str, channels: str, side: str, dtype: str, layout: str):
     return step(int(side)), step(8)
 
 
-@pytest.mark.parametrize("form", ["self", "references"])
+@pytest.mark.parametrize("form", ["self", "references", "strategies"])
 @pytest.mark.parametrize(
     ("n", "d", "dtype"),
     [(8192, 128, "float32"), (8192, 128, "bfloat16"), (32768, 16, "float32")],
@@ -52,7 +53,7 @@ def style_probe(loss: str, channels: str, side: str, dtype: str, layout: str):
 )
 def test_batch_hard_needs_no_square_matrix(n, d, dtype, form):
     """At most 64 N bytes + 32 MiB beyond the gradient and one packed copy, float32 for bfloat16 too."""
-    sets = 1 if form == "self" else 2
+    sets = 2 if form == "references" else 1
     gradient, packed = (sets * n * d * size for size in (getattr(torch, dtype).itemsize, 4))
     peak = peak_in_subprocess("tests.test_memory:batch_hard_probe", n, d, dtype, form)
     assert gradient <= peak <= gradient + packed + sets * 64 * n + 32 * MIB

@@ -25,6 +25,12 @@ MODULES = [
         (X, LABELS, X + 1, LABELS),
     ),
     (nn.BatchHardTripletLoss, {"margin": 0.7}, functional.batch_hard_triplet_loss, (X, LABELS)),
+    (
+        nn.BatchHardTripletLoss,
+        {"positive": "easy", "negative": "semihard"},
+        functional.batch_hard_triplet_loss,
+        (X, LABELS),
+    ),
     (nn.BatchAllTripletLoss, {}, functional.batch_all_triplet_loss, (X, LABELS)),
     (
         nn.BatchAllTripletLoss,
@@ -92,8 +98,8 @@ def test_repr_names_the_options() -> None:
     assert repr(nn.GramMatrix()) == "GramMatrix(normalize='chw')"
     assert repr(nn.ContentLoss(weights=[1])) == "ContentLoss(weights=[1], reduction='mean')"
     assert repr(nn.BatchHardTripletLoss()) == (
-        "BatchHardTripletLoss(margin=0.2, soft=False, distance='euclidean', reduction='mean', "
-        "return_stats=False)"
+        "BatchHardTripletLoss(positive='hard', negative='hard', margin=0.2, soft=False, "
+        "distance='euclidean', reduction='mean', return_stats=False)"
     )
     assert repr(nn.StyleLoss()) == "StyleLoss(weights=None, normalize='chw', reduction='mean', distance='l2')"
 
@@ -103,6 +109,8 @@ def test_repr_names_the_options() -> None:
     [
         (nn.BatchHardTripletLoss, {"margin": -1}, ValueError,
          "margin must be a finite number >= 0, got int -1"),
+        (nn.BatchHardTripletLoss, {"negative": "hardest"}, ValueError,
+         'negative must be one of "hard", "easy", "semihard", got "hardest"'),
         (nn.BatchHardTripletLoss, {"soft": 1}, TypeError, "soft must be True or False, got int 1"),
         (nn.BatchHardTripletLoss, {"return_stats": 0}, TypeError,
          "return_stats must be True or False, got int 0"),

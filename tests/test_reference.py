@@ -272,7 +272,7 @@ def test_batch_hard_gradients(distance: str, soft: bool, with_refs: bool) -> Non
 def test_indexed_loss_is_the_loss_of_the_mined_triplets() -> None:
     g = torch.Generator().manual_seed(4)
     x, labels = torch.randn(9, 4, generator=g), torch.tensor([0, 0, 1, 1, 2, 0, 3, 2, 9])
-    positives, negatives = reference.mine_hardest(x, labels, None, None, distance="euclidean")
+    positives, negatives = reference.mine_triplets(x, labels, None, None, distance="euclidean")
     assert (
         positives.tolist()[6] == positives.tolist()[8] == negatives.tolist()[6] == negatives.tolist()[8] == -1
     )

@@ -10,17 +10,20 @@
 
 namespace deepsim {
 
-// grad, grad_ref: the loss's gradients by embeddings and ref_embeddings as the forward op returned them.
-inline std::tuple<at::Tensor, at::Tensor> scale_gradients(const char* function, const at::Tensor& grad_loss, const at::Tensor& grad,
-                                                          const at::Tensor& grad_ref, const at::Tensor& embeddings,
-                                                          const std::optional<at::Tensor>& ref_embeddings) {
+// The op `kFunction`. grad, grad_ref: the loss's gradients by embeddings and ref_embeddings as the forward op returned them; the labels
+// and options, those of the forward op, are for the gradient of this gradient.
+template <const char* kFunction, class... Options>
+std::tuple<at::Tensor, at::Tensor> scale_gradients(const at::Tensor& grad_loss, const at::Tensor& grad, const at::Tensor& grad_ref,
+                                                   const at::Tensor& embeddings, const at::Tensor&,
+                                                   const std::optional<at::Tensor>& ref_embeddings, const std::optional<at::Tensor>&,
+                                                   Options...) {
   const at::ScalarType type = compute_type(embeddings.scalar_type());
   const auto check_gradient = [&](const char* argument, const at::Tensor& g, const at::Tensor& x) {
-    TORCH_CHECK_VALUE(g.sizes() == x.sizes(), function, ": ", argument, " must be of shape ", x.sizes(),
+    TORCH_CHECK_VALUE(g.sizes() == x.sizes(), kFunction, ": ", argument, " must be of shape ", x.sizes(),
                       ", as the forward op returns it with with_gradient=True, got ", g.sizes());
-    check_like(function, argument, g, type, embeddings.device(), x.sizes());
+    check_like(kFunction, argument, g, type, embeddings.device(), x.sizes());
   };
-  check_like(function, "grad_loss", grad_loss, type, embeddings.device(), {});
+  check_like(kFunction, "grad_loss", grad_loss, type, embeddings.device(), {});
   check_gradient("grad", grad, embeddings);
   if (ref_embeddings) check_gradient("grad_ref", grad_ref, *ref_embeddings);
   const auto scaled = [&](const at::Tensor& g) { return at::mul(g, grad_loss).to(embeddings.scalar_type()); };

@@ -1,4 +1,5 @@
-// Batch-hard triplet loss on the CPU: mine, measure the chosen pairs, gather the gradient.
+// The triplet loss of one triplet an anchor on the CPU, batch-hard or by other strategies: mine, measure the chosen pairs, gather the
+// gradient.
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -11,14 +12,15 @@
 #include "../batch_hard.h"
 #include "../common/stage.h"
 #include "../common/triplet_loss.h"
-#include "batch_hard_mine.h"
 #include "capability.h"
+#include "mined.h"
 #include "rows.h"
 
 namespace deepsim::cpu {
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
+// loss, d_ap, d_an, positives, negatives
+using LossResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // The number of anchors that the sum of losses is divided by.
 template <class T>
@@ -31,10 +33,8 @@ T divisor(Reduction reduction, const TripletLoss<T>& loss, const int32_t* positi
 }
 
 template <class T>
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> loss_forward(
-    const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& labels, const OptionalTensor& ref,
-    const OptionalTensor& ref_labels, const TripletLoss<T>& loss, Distance distance, Reduction reduction) {
-  const Mined mined = mine_batch_hard(x, labels, ref, ref_labels, distance);
+LossResult loss_forward(const Kernels<T>& kernels, const at::Tensor& x, const OptionalTensor& ref, const Mined& mined,
+                        const TripletLoss<T>& loss, Distance distance, Reduction reduction) {
   const Stage stage("recompute");
   const int64_t n = x.size(0);
   const auto options = x.options().dtype(c10::CppTypeToScalarType<T>::value);
@@ -65,19 +65,40 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> loss_forw
   return {result, d_ap, d_an, mined.positives, mined.negatives};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_hard_triplet_loss(
-    const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& ref_embeddings, const OptionalTensor& ref_labels,
-    double margin, bool soft, std::string_view distance, std::string_view reduction) {
-  constexpr const char* function = "batch_hard_triplet_loss";
+// mine(x, labels, ref, ref_labels, distance) -> Mined
+template <class Mine>
+LossResult triplet_loss(const char* function, Mine mine, const at::Tensor& embeddings, const at::Tensor& labels,
+                        const OptionalTensor& ref_embeddings, const OptionalTensor& ref_labels, double margin, bool soft,
+                        std::string_view distance, std::string_view reduction) {
   check_batch(function, embeddings, labels, ref_embeddings, ref_labels);
   const Distance d = distance_from(function, distance);
   const Reduction r = reduction_from(function, reduction);
   const at::Tensor x = with_adjacent_columns(embeddings);
   const OptionalTensor ref = ref_embeddings ? OptionalTensor(with_adjacent_columns(*ref_embeddings)) : std::nullopt;
+  const Mined mined = mine(x, labels, ref, ref_labels, d);
   return dispatch(x.scalar_type(), [&](const auto& kernels) {
     using T = typename std::decay_t<decltype(kernels)>::Compute;
-    return loss_forward<T>(kernels, x, labels, ref, ref_labels, {T(margin), soft}, d, r);
+    return loss_forward<T>(kernels, x, ref, mined, {T(margin), soft}, d, r);
   });
+}
+
+LossResult batch_hard_triplet_loss(const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& ref_embeddings,
+                                   const OptionalTensor& ref_labels, double margin, bool soft, std::string_view distance,
+                                   std::string_view reduction) {
+  return triplet_loss("batch_hard_triplet_loss", mine_batch_hard, embeddings, labels, ref_embeddings, ref_labels, margin, soft,
+                      distance, reduction);
+}
+
+LossResult mined_triplet_loss(const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& ref_embeddings,
+                              const OptionalTensor& ref_labels, std::string_view positive, std::string_view negative, double margin,
+                              bool soft, std::string_view distance, std::string_view reduction) {
+  constexpr const char* function = "mined_triplet_loss";
+  const Strategies strategies = strategies_from(function, positive, negative);
+  const auto mine = [strategies](const at::Tensor& x, const at::Tensor& labels, const OptionalTensor& ref,
+                                 const OptionalTensor& ref_labels, Distance distance) {
+    return mine_triplets(x, labels, ref, ref_labels, strategies, distance);
+  };
+  return triplet_loss(function, mine, embeddings, labels, ref_embeddings, ref_labels, margin, soft, distance, reduction);
 }
 
 // Who chose each reference row, in ascending order of the anchors.
@@ -181,6 +202,7 @@ std::tuple<at::Tensor, at::Tensor> batch_hard_triplet_loss_backward(
 TORCH_LIBRARY_IMPL(deepsim_ext, CPU, m) {
   m.impl("batch_hard_triplet_loss", batch_hard_triplet_loss);
   m.impl("batch_hard_triplet_loss_backward", batch_hard_triplet_loss_backward);
+  m.impl("mined_triplet_loss", mined_triplet_loss);
 }
 
 }  // namespace deepsim::cpu

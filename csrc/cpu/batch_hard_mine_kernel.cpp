@@ -12,14 +12,12 @@
 #include <vector>
 
 #include "../batch_hard.h"
-#include "batch_hard_mine.h"
 #include "capability.h"
+#include "mined.h"
 #include "packed_pairs.h"
 
 namespace deepsim::cpu {
 namespace {
-
-constexpr int32_t kNobody = std::numeric_limits<int32_t>::max();
 
 // Panels on a side of the squares that threads search: enough rows to reuse what is in L2, and so few that every thread gets about
 // four squares. (Small ones cost: each takes the best found so far from whichever core was there before.)
@@ -115,17 +113,10 @@ template <class T>
 Mined mine(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& labels, const OptionalTensor& ref,
            const OptionalTensor& ref_labels, Distance distance) {
   const PackedPairs<T> pairs = pack_pairs(kernels, x, labels, ref, ref_labels, distance);
-  Mined mined{at::full({x.size(0)}, -1, at::kInt), at::full({x.size(0)}, -1, at::kInt), pairs.finite};
-  if (!pairs.finite) return mined;
-  const ExtremesBuffer<T> best = search(kernels, pairs);
-  int32_t* positives = mined.positives.mutable_data_ptr<int32_t>();
-  int32_t* negatives = mined.negatives.mutable_data_ptr<int32_t>();
-  for (int64_t p = 0; p < pairs.rows.count; ++p) {
-    if (best.positive_index[p] == kNobody || best.negative_index[p] == kNobody) continue;
-    positives[pairs.rows.original[p]] = best.positive_index[p];
-    negatives[pairs.rows.original[p]] = best.negative_index[p];
-  }
-  return mined;
+  return mine_packed(pairs, [&] {
+    ExtremesBuffer<T> best = search(kernels, pairs);
+    return std::pair(std::move(best.positive_index), std::move(best.negative_index));
+  });
 }
 
 std::tuple<at::Tensor, at::Tensor> batch_hard_mine(const at::Tensor& embeddings, const at::Tensor& labels,

@@ -13,8 +13,6 @@
 namespace deepsim::cpu {
 namespace {
 
-constexpr int32_t kNobody = std::numeric_limits<int32_t>::max();
-
 // One triplet for every ordered pair of a valid anchor and a positive, rows as the input numbers them.
 struct Triplets {
   std::vector<int32_t> anchor, positive, negative;

@@ -17,6 +17,9 @@ namespace deepsim::cpu {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+// The index of no row.
+inline constexpr int32_t kNobody = std::numeric_limits<int32_t>::max();
+
 struct SortedLabels {
   std::vector<int32_t> order;   // packed position -> row; rows of one label adjacent and in their order
   std::vector<int64_t> labels;  // by packed position

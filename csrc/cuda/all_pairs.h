@@ -5,6 +5,7 @@
 // and memory depend neither on how large classes are nor on anything that the host would have to wait for.
 #pragma once
 
+#include "../common/strategy.h"
 #include "batch_hard.h"
 
 namespace deepsim::cuda {
@@ -48,6 +49,9 @@ struct PairMargins {
 // scales: device memory, what losses of positives and of negatives are multiplied by before they are added up; null: 1.
 void contrastive_rows(const Batch& batch, const Stripe& stripe, const PairMargins& margins, const double* scales, RowSums* sums,
                       void* stream);
+
+// Into the one split of `found`: of each anchor the positive and the negative that the strategies choose.
+void mine_rows(const Batch& batch, const Stripe& stripe, const Strategies& strategies, const DirectFound& found, void* stream);
 
 constexpr int64_t kMostNeighbors = 1024;
 // distances [anchors][k] in the type of the arithmetic, indices [anchors][k].

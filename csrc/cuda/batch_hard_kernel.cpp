@@ -12,7 +12,7 @@
 #include "../common/checks.h"
 #include "../common/stage.h"
 #include "backend.h"
-#include "owned_batch.h"
+#include "mined_triplets.h"
 
 namespace deepsim::cuda {
 namespace {
@@ -139,31 +139,23 @@ std::tuple<at::Tensor, at::Tensor> batch_hard_mine(const at::Tensor& embeddings,
   check_batch(function, embeddings, labels, ref_embeddings, ref_labels);
   const c10::DeviceGuard guard(embeddings.device());
   const OwnedBatch b = own(embeddings, labels, ref_embeddings, ref_labels, distance_from(function, distance));
-  at::Tensor positives = at::empty({embeddings.size(0)}, embeddings.options().dtype(at::kInt));
-  at::Tensor negatives = at::empty_like(positives);
-  const Triplets out{positives.mutable_data_ptr<int32_t>(), negatives.mutable_data_ptr<int32_t>(), nullptr, nullptr, nullptr};
-  mine_and_finish(b, out, {0, false, Reduction::none});
-  return {positives, negatives};
+  const MinedTriplets mined(b);
+  mine_and_finish(b, mined.view, {0, false, Reduction::none});
+  return {mined.positives, mined.negatives};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_hard_triplet_loss(
-    const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& ref_embeddings, const OptionalTensor& ref_labels,
-    double margin, bool soft, std::string_view distance, std::string_view reduction) {
+MinedLoss batch_hard_triplet_loss(const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& ref_embeddings,
+                                  const OptionalTensor& ref_labels, double margin, bool soft, std::string_view distance,
+                                  std::string_view reduction) {
   constexpr const char* function = "batch_hard_triplet_loss";
   check_batch(function, embeddings, labels, ref_embeddings, ref_labels);
   const Distance d = distance_from(function, distance);
   const LossOptions options{margin, soft, reduction_from(function, reduction)};
   const c10::DeviceGuard guard(embeddings.device());
   const OwnedBatch b = own(embeddings, labels, ref_embeddings, ref_labels, d);
-  const int64_t n = embeddings.size(0);
-  const auto compute = embeddings.options().dtype(compute_type(embeddings.scalar_type()));
-  at::Tensor d_ap = at::empty({n}, compute), d_an = at::empty({n}, compute);
-  at::Tensor loss = options.reduction == Reduction::none ? at::empty({n}, compute) : at::empty({}, compute);
-  at::Tensor positives = at::empty({n}, embeddings.options().dtype(at::kInt)), negatives = at::empty_like(positives);
-  const Triplets out{positives.mutable_data_ptr<int32_t>(), negatives.mutable_data_ptr<int32_t>(), d_ap.mutable_data_ptr(),
-                     d_an.mutable_data_ptr(), loss.mutable_data_ptr()};
-  mine_and_finish(b, out, options);
-  return {loss, d_ap, d_an, positives, negatives};
+  const MinedTriplets mined(b, options.reduction);
+  mine_and_finish(b, mined.view, options);
+  return mined.result();
 }
 
 std::tuple<at::Tensor, at::Tensor> batch_hard_triplet_loss_backward(

@@ -10,6 +10,7 @@ sync and trace under torch.compile(fullgraph=True) with dynamic shapes, under vm
 from __future__ import annotations
 
 from .batch import (
+    MINING_STRATEGIES,
     SEMI_HARD_DEFINITIONS,
     BatchHardArguments,
     batch_all_options,
@@ -18,6 +19,7 @@ from .batch import (
     batch_hard_options,
     cross_batch_memory,
     cross_batch_memory_options,
+    mining_strategies,
     semi_hard_options,
 )
 from .layers import (
@@ -64,6 +66,7 @@ __all__ = [
     "INTEGER_DTYPES",
     "LAYER_REDUCTIONS",
     "MAX_NEIGHBORS",
+    "MINING_STRATEGIES",
     "PAIR_REDUCTIONS",
     "SEMI_HARD_DEFINITIONS",
     "TRIPLET_REDUCTIONS",
@@ -89,6 +92,7 @@ __all__ = [
     "gram_normalization",
     "layer_weights",
     "margin_value",
+    "mining_strategies",
     "nearest_neighbors",
     "semi_hard_options",
     "style",

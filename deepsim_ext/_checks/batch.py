@@ -19,6 +19,7 @@ from .options import (
 from .tensors import check_columns, check_embeddings, check_labels, match_dtypes
 from .texts import describe, error, short_name
 
+MINING_STRATEGIES = ("hard", "easy", "semihard")
 SEMI_HARD_DEFINITIONS = ("facenet", "tfa", "pml")
 
 
@@ -60,10 +61,28 @@ def batch_hard(
     return BatchHardArguments(embeddings, labels, ref_embeddings, ref_labels)
 
 
+def mining_strategies(function: str, *, positive: str, negative: str) -> None:
+    """How an anchor's positive and negative are chosen."""
+    choice(function, "positive", positive, MINING_STRATEGIES)
+    choice(function, "negative", negative, MINING_STRATEGIES)
+    if positive == negative == "semihard":
+        expected = '"hard" or "easy" with positive="semihard"'
+        raise error(ValueError, function, "negative", expected, describe(negative))
+
+
 def batch_hard_options(
-    function: str, *, margin: float, soft: bool, distance: str, reduction: str, return_stats: bool
+    function: str,
+    *,
+    positive: str,
+    negative: str,
+    margin: float,
+    soft: bool,
+    distance: str,
+    reduction: str,
+    return_stats: bool,
 ) -> float:
     """All options of batch_hard_triplet_loss; returns the margin as a float."""
+    mining_strategies(function, positive=positive, negative=negative)
     flag(function, "soft", soft)
     _loss_options(function, distance, reduction, TRIPLET_REDUCTIONS, return_stats)
     return margin_value(function, "margin", margin)

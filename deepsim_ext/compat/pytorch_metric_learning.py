@@ -129,8 +129,8 @@ class _Miner(_Module):
 class BatchEasyHardMiner(_Miner):
     """A positive and a negative for every anchor that has both, or all positives, or all negatives: pairs.
 
-    The hardest of both comes from the fused `batch_hard_mine`, what else there is from plain torch in chunks
-    of anchors. Identical rows: the lowest index.
+    One of each comes from the fused `batch_hard_mine`; all of a kind, allowed ranges and, on a GPU, all but
+    the hardest of both from plain torch in chunks of anchors. Identical rows: the lowest index.
     """
 
     HARD, SEMIHARD, EASY, ALL = "hard", "semihard", "easy", "all"
@@ -157,30 +157,35 @@ class BatchEasyHardMiner(_Miner):
         self.allowed_pos_range, self.allowed_neg_range = allowed_pos_range, allowed_neg_range
 
     def _mine(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if self.pos_strategy == self.neg_strategy == self.ALL:
+        strategies = self.pos_strategy, self.neg_strategy
+        if strategies == (self.ALL, self.ALL):
             return _pairs.all_pairs(batch)
         ranges = self.allowed_pos_range, self.allowed_neg_range
-        hardest = self.pos_strategy == self.neg_strategy == self.HARD
-        if hardest and batch.fused and ranges == (None, None):
-            a, p, n = functional.batch_hard_mine(*batch.arguments, distance=self._distance.name)
+        mined = self.ALL not in strategies and ranges == (None, None) and batch.fused
+        if mined and (strategies == (self.HARD, self.HARD) or batch.embeddings.is_cpu):
+            a, p, n = functional.batch_hard_mine(
+                *batch.arguments,
+                positive=self.pos_strategy,
+                negative=self.neg_strategy,
+                distance=self._distance.name,
+            )
             return a, p, a, n
         p, n = _mining.pick(
             batch,
-            self.pos_strategy,
-            self.neg_strategy,
+            *strategies,
             distance=self._distance.name,
             similarity=self._distance.similarity,
             positive_range=ranges[0],
             negative_range=ranges[1],
         )
         if self.pos_strategy == self.ALL:
-            a = n.found.nonzero().squeeze(1)
-            return *_pairs.all_pairs(batch)[:2], a, n.indices[a]
+            a = (n >= 0).nonzero().squeeze(1)
+            return *_pairs.all_pairs(batch)[:2], a, n[a]
         if self.neg_strategy == self.ALL:
-            a = p.found.nonzero().squeeze(1)
-            return a, p.indices[a], *_pairs.all_pairs(batch)[2:]
-        a = (p.found & n.found).nonzero().squeeze(1)
-        return a, p.indices[a], a, n.indices[a]
+            a = (p >= 0).nonzero().squeeze(1)
+            return a, p[a], *_pairs.all_pairs(batch)[2:]
+        a = ((p >= 0) & (n >= 0)).nonzero().squeeze(1)
+        return a, p[a], a, n[a]
 
 
 class BatchHardMiner(BatchEasyHardMiner):

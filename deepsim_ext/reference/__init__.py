@@ -4,7 +4,7 @@ Written to be read, not to be fast: it builds matrices of all pairs, and tensors
 any device, needs nothing compiled, and is what the compiled functions are checked against.
 
 Besides the public functions there are the parts that a gradient of a gradient needs, on arguments that are
-checked already: `mine_hardest` and `indexed_triplet_loss`, which keep the choice of triplets and their loss
+checked already: `mine_triplets` and `indexed_triplet_loss`, which keep the choice of triplets and their loss
 apart, and `dense_batch_all`, `dense_semi_hard` and `dense_contrastive`. The losses can be differentiated to
 any order.
 """
@@ -17,7 +17,7 @@ from .batch_contrastive import batch_contrastive_loss
 from .batch_contrastive import dense_contrastive as dense_contrastive
 from .batch_hard import batch_hard_mine, batch_hard_triplet_loss
 from .batch_hard import indexed_triplet_loss as indexed_triplet_loss
-from .batch_hard import mine_hardest as mine_hardest
+from .batch_hard import mine_triplets as mine_triplets
 from .content import content_loss
 from .given_rows import contrastive_loss, triplet_margin_loss
 from .neighbors import nearest_neighbors

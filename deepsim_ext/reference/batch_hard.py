@@ -1,4 +1,4 @@
-"""Batch-hard: every anchor with its hardest positive and its hardest negative.
+"""Batch-hard: every anchor with its hardest positive and its hardest negative, or with easier ones.
 
 Mining and the loss of mined triplets are apart, so that the loss of given triplets can be differentiated to
 any order.
@@ -14,7 +14,7 @@ from .._checks import compute_dtype
 from ..results import TripletLossResult
 from .distances import pairwise, rowwise
 from .finite import all_finite, nan_unless_finite
-from .triplets import Triplets, first_argmax, pairs_by_label, reduce, triplet_terms, with_statistics
+from .triplets import Triplets, choose, pairs_by_label, reduce, triplet_terms, with_statistics
 
 
 def batch_hard_mine(
@@ -23,12 +23,14 @@ def batch_hard_mine(
     ref_embeddings: Tensor | None = None,
     ref_labels: Tensor | None = None,
     *,
+    positive: str = "hard",
+    negative: str = "hard",
     distance: str = "euclidean",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hardest positive and hardest negative of every anchor that has both.
+    """Hardest positive and hardest negative of every anchor that has both, or easier ones.
 
     Source: Hermans, Beyer, Leibe, "In Defense of the Triplet Loss for Person Re-Identification" (2017),
-    eq. 5.
+    eq. 5; the other strategies are those of pytorch-metric-learning's BatchEasyHardMiner.
 
     Args:
         embeddings: [N, D] with D >= 1; float32, float64, bfloat16 or float16.
@@ -36,6 +38,10 @@ def batch_hard_mine(
         ref_embeddings, ref_labels: [M, D] and int64 [M], the rows to choose from; dtype of `embeddings` or,
             under autocast, a mix that goes to the widest. None, or `embeddings` itself: choose from the
             batch, where no anchor is its own positive; `ref_labels` then has no effect.
+        positive: "hard" is the farthest, "easy" the nearest, "semihard" the farthest that is nearer than the
+            negative.
+        negative: "hard" is the nearest, "easy" the farthest, "semihard" the nearest that is farther than the
+            positive; not both "semihard".
         distance: "euclidean", "sqeuclidean" or "cosine" (1 - cos; a zero vector is at distance 1 from all).
 
     Returns:
@@ -44,12 +50,14 @@ def batch_hard_mine(
 
     Raises:
         TypeError: an argument of the wrong Python type or dtype.
-        ValueError: unknown distance, or shapes or devices that do not go together.
+        ValueError: unknown strategy or distance, both strategies "semihard", or shapes or devices that do not
+            go together.
     """
+    _checks.mining_strategies("batch_hard_mine", positive=positive, negative=negative)
     arguments = _checks.batch_hard(
         "batch_hard_mine", embeddings, labels, ref_embeddings, ref_labels, distance=distance
     )
-    positives, negatives = mine_hardest(*arguments, distance=distance)
+    positives, negatives = mine_triplets(*arguments, positive=positive, negative=negative, distance=distance)
     anchors = torch.nonzero(positives >= 0).squeeze(1)
     return anchors, positives[anchors], negatives[anchors]
 
@@ -60,20 +68,22 @@ def batch_hard_triplet_loss(
     ref_embeddings: Tensor | None = None,
     ref_labels: Tensor | None = None,
     *,
+    positive: str = "hard",
+    negative: str = "hard",
     margin: float = 0.2,
     soft: bool = False,
     distance: str = "euclidean",
     reduction: str = "mean",
     return_stats: bool = False,
 ) -> Tensor | TripletLossResult:
-    """Triplet loss of every anchor with its hardest positive and hardest negative.
+    """Triplet loss of every anchor with its hardest positive and hardest negative, or with easier ones.
 
-    `relu(d_ap - d_an + margin)`, or `softplus(d_ap - d_an)` when `soft`. An anchor without a positive or
-    without a negative is not valid and costs nothing. Source: Hermans, Beyer, Leibe, "In Defense of the
+    `relu(d_ap - d_an + margin)`, or `softplus(d_ap - d_an)` when `soft`. An anchor without such a positive or
+    without such a negative is not valid and costs nothing. Source: Hermans, Beyer, Leibe, "In Defense of the
     Triplet Loss for Person Re-Identification" (2017), eq. 5; the soft margin is of its section 2.
 
     Args:
-        embeddings, labels, ref_embeddings, ref_labels, distance: as in `batch_hard_mine`.
+        embeddings, labels, ref_embeddings, ref_labels, positive, negative, distance: as in `batch_hard_mine`.
         margin: finite, >= 0, in units of the distance; not used when `soft`.
         soft: the soft margin.
         reduction: "mean" over valid anchors, "mean_nonzero" over anchors whose loss is > 0, "sum", or "none"
@@ -87,17 +97,24 @@ def batch_hard_triplet_loss(
 
     Raises:
         TypeError: an argument of the wrong Python type or dtype.
-        ValueError: unknown distance or reduction, negative or non-finite margin, or shapes or devices that do
-            not go together.
+        ValueError: unknown strategy, distance or reduction, both strategies "semihard", negative or
+            non-finite margin, or shapes or devices that do not go together.
     """
     function = "batch_hard_triplet_loss"
     margin = _checks.batch_hard_options(
-        function, margin=margin, soft=soft, distance=distance, reduction=reduction, return_stats=return_stats
+        function,
+        positive=positive,
+        negative=negative,
+        margin=margin,
+        soft=soft,
+        distance=distance,
+        reduction=reduction,
+        return_stats=return_stats,
     )
     arguments = _checks.batch_hard(
         function, embeddings, labels, ref_embeddings, ref_labels, distance=distance
     )
-    positives, negatives = mine_hardest(*arguments, distance=distance)
+    positives, negatives = mine_triplets(*arguments, positive=positive, negative=negative, distance=distance)
     x, refs = arguments.embeddings, arguments.ref_embeddings
     triplets = _indexed_triplets(x, refs, positives, negatives, margin=margin, soft=soft, distance=distance)
     loss = nan_unless_finite(reduce(triplets.loss, triplets.counted, reduction), x, refs)
@@ -105,12 +122,14 @@ def batch_hard_triplet_loss(
 
 
 @torch.no_grad()
-def mine_hardest(
+def mine_triplets(
     embeddings: Tensor,
     labels: Tensor,
     ref_embeddings: Tensor | None,
     ref_labels: Tensor | None,
     *,
+    positive: str = "hard",
+    negative: str = "hard",
     distance: str,
 ) -> tuple[Tensor, Tensor]:
     """Dense form of `batch_hard_mine` on checked arguments: (positives, negatives), int64 [N].
@@ -120,8 +139,7 @@ def mine_hardest(
     """
     x = embeddings.double()
     distances = pairwise(x, x if ref_embeddings is None else ref_embeddings.double(), distance)
-    positive, negative = pairs_by_label(labels, ref_labels)
-    positives, negatives = first_argmax(distances, positive), first_argmax(-distances, negative)
+    positives, negatives = choose(distances, *pairs_by_label(labels, ref_labels), positive, negative)
     valid = (positives >= 0) & (negatives >= 0) & all_finite(embeddings, ref_embeddings)
     return torch.where(valid, positives, -1), torch.where(valid, negatives, -1)
 

@@ -45,6 +45,31 @@ def first_argmax(values: Tensor, allowed: Tensor) -> Tensor:
     return torch.where(first == m, -1, first)
 
 
+def choose(
+    d: Tensor, among_positives: Tensor, among_negatives: Tensor, positive: str, negative: str
+) -> tuple[Tensor, Tensor]:
+    """(positives, negatives): for each row of the distances d [N, M] one column each, -1 where there is none.
+
+    A "hard" positive is the farthest and a "hard" negative the nearest, "easy" is the reverse. "semihard",
+    chosen after the other of the two, is the hardest that leaves the negative farther than the positive.
+    Ties go to the lowest column.
+    """
+    if positive != "semihard":
+        positives = first_argmax(-d if positive == "easy" else d, among_positives)
+        if negative == "semihard":
+            among_negatives = among_negatives & (d > _entries(d, positives))
+    negatives = first_argmax(d if negative == "easy" else -d, among_negatives)
+    if positive == "semihard":
+        positives = first_argmax(d, among_positives & (d < _entries(d, negatives)))
+    return positives, negatives
+
+
+def _entries(values: Tensor, columns: Tensor) -> Tensor:
+    """[N, 1]: each row's entry of [N, M] in its column; without meaning where that is -1."""
+    n, m = values.shape
+    return values.new_zeros(n, 1) if m == 0 else values.gather(1, columns.clamp(min=0)[:, None])
+
+
 def triplet_loss(d_ap: Tensor, d_an: Tensor, margin: float, soft: bool) -> Tensor:
     if soft:
         # Beyond the threshold softplus(z) is taken to be z; exp(-40) is below the rounding of a float64.

@@ -14,6 +14,7 @@
 #include "csrc/cuda/batch_hard.cu"
 #include "csrc/cuda/batch_semi_hard.cu"
 #include "csrc/cuda/gram.cu"
+#include "csrc/cuda/mine_triplets.cu"
 #include "csrc/cuda/nearest_neighbors.cu"
 #include "device_memory.h"
 
@@ -365,6 +366,38 @@ void check_all_pairs(const std::string& name, int64_t n, int64_t m, int64_t dept
     const double tolerance = chooses ? 5e-2 : 1e-4;
     compare_gradients(grad, gradient, tolerance, what + ": gradient of anchors");
     if (!self_form) compare_gradients(grad_references, of_references, tolerance, what + ": gradient of references");
+  }
+
+  for (const Strategies strategies : {Strategies{Strategy::easy, Strategy::hard}, {Strategy::hard, Strategy::semihard},
+                                      {Strategy::semihard, Strategy::easy}}) {
+    Buffer<T> values(2 * n);
+    Buffer<int32_t> indices(2 * n);
+    for_each_stripe([&](const Stripe& stripe) { mine_rows(batch, stripe, strategies, {1, values, indices}, nullptr); });
+    for (int64_t a = 0; a < n; ++a) {
+      // The distance that a strategy leads to, or -1.
+      const auto choose = [&](bool positives, bool nearest, double above, double below) {
+        double best = -1;
+        for (int64_t j = 0; j < m; ++j) {
+          const double d = exact[a * m + j];
+          if ((self_form && j == a) || (anchors.labels[a] == references.labels[j]) != positives || d <= above || d >= below) continue;
+          if (best < 0 || (nearest ? d < best : d > best)) best = d;
+        }
+        return best;
+      };
+      const bool nearest_negative = strategies.negative != Strategy::easy, semi_hard = strategies.negative == Strategy::semihard;
+      double positive, negative;
+      if (strategies.positive == Strategy::semihard) {
+        negative = choose(false, nearest_negative, -1, 1e9);
+        positive = choose(true, false, -1, negative);
+      } else {
+        positive = choose(true, strategies.positive == Strategy::easy, -1, 1e9);
+        negative = choose(false, nearest_negative, semi_hard ? positive : -1, 1e9);
+      }
+      const auto right = [&](double expected, int64_t at) {
+        return expected < 0 ? indices[at] == kNobody : std::fabs(double(values[at]) - expected) < 1e-5;
+      };
+      expect(right(positive, a) && right(negative, n + a), name + ": strategies for " + std::to_string(a));
+    }
   }
 
   const int64_t k = std::min<int64_t>(7, m - self_form);

@@ -1,0 +1,104 @@
+// Mining by strategy on the CPU: positives from their lists; negatives over all tiles, by the search of the semi-hard loss.
+#include <torch/library.h>
+
+#include <tuple>
+#include <utility>
+
+#include "../batch_hard.h"
+#include "all_pairs.h"
+#include "capability.h"
+#include "mined.h"
+
+namespace deepsim::cpu {
+namespace {
+
+// Of each packed row, filling included.
+template <class T>
+struct Chosen {
+  std::vector<T> distance;
+  std::vector<int32_t> index;  // row of the input, kNobody where there is none: the distance then means nothing
+};
+
+// The farthest positive, or the nearest, of those nearer than `limit`.
+template <class T>
+Chosen<T> choose_positives(const PackedPairs<T>& pairs, const PositiveLists<T>& lists, bool nearest,
+                           const std::vector<T>& limit) {
+  Chosen<T> chosen{std::vector<T>(limit.size()), std::vector<int32_t>(limit.size(), kNobody)};
+  at::parallel_for(0, pairs.rows.count, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      // In the order of the columns, which for one label is that of the input: the first of equals has the lowest index.
+      for (int64_t s = 0; s < pairs.positive_count(p); ++s) {
+        const T d = lists.distance[lists.at(p, s)], best = chosen.distance[p];
+        if (!(d < limit[p]) || (chosen.index[p] != kNobody && !(nearest ? d < best : d > best))) continue;
+        chosen.distance[p] = d;
+        chosen.index[p] = pairs.columns().original[positive_column(pairs, p, s)];
+      }
+    }
+  });
+  return chosen;
+}
+
+// The farthest negative, or the nearest of those farther than `limit`.
+template <class T>
+Chosen<T> choose_negatives(const Kernels<T>& kernels, const PackedPairs<T>& pairs, bool farthest, const std::vector<T>& limit,
+                           Distance distance) {
+  // To the semi-hard search the limits are lists of one positive each.
+  std::vector<int64_t> begin;
+  for (int64_t i = 0; i <= pairs.rows.panels; ++i) begin.push_back(i * pairs.panel_rows);
+  // Starts out as what everything betters in the one search, and nothing in the other, which then costs next to nothing.
+  const T worst = farthest ? T(-1) : std::numeric_limits<T>::max();
+  Chosen<T> near{std::vector<T>(limit.size(), worst), std::vector<int32_t>(limit.size(), kNobody)}, far = near;
+  const SemiHardLists<T> lists{begin.data(),      limit.data(),        near.distance.data(),
+                               near.index.data(), far.distance.data(), far.index.data()};
+  struct Nothing {};
+  over_squares<Nothing>(pairs, [&](const TileBlock<T>& tiles, Nothing&) { kernels.semi_hard({tiles, lists, lists, distance}); });
+  return farthest ? far : near;
+}
+
+template <class T>
+Mined mine(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& labels, const OptionalTensor& ref,
+           const OptionalTensor& ref_labels, Strategies strategies, Distance distance) {
+  const PackedPairs<T> pairs = pack_pairs(kernels, x, labels, ref, ref_labels, distance);
+  return mine_packed(pairs, [&] {
+    const PositiveLists<T> lists = positive_lists(kernels, pairs, distance);
+    const bool nearest = strategies.positive == Strategy::easy, farthest = strategies.negative == Strategy::easy;
+    const std::vector<T> below_all(lists.count.size(), T(-1)), above_all(lists.count.size(), std::numeric_limits<T>::max());
+    Chosen<T> positives, negatives;
+    if (strategies.positive == Strategy::semihard) {
+      negatives = choose_negatives(kernels, pairs, farthest, below_all, distance);
+      positives = choose_positives(pairs, lists, nearest, negatives.distance);
+    } else {
+      positives = choose_positives(pairs, lists, nearest, above_all);
+      const bool semi_hard = strategies.negative == Strategy::semihard;
+      negatives = choose_negatives(kernels, pairs, farthest, semi_hard ? positives.distance : below_all, distance);
+    }
+    return std::pair(std::move(positives.index), std::move(negatives.index));
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor> mine_triplets_op(const at::Tensor& embeddings, const at::Tensor& labels,
+                                                    const OptionalTensor& ref_embeddings, const OptionalTensor& ref_labels,
+                                                    std::string_view positive, std::string_view negative,
+                                                    std::string_view distance) {
+  constexpr const char* function = "mine_triplets";
+  check_batch(function, embeddings, labels, ref_embeddings, ref_labels);
+  const Strategies strategies = strategies_from(function, positive, negative);
+  const Distance d = distance_from(function, distance);
+  const at::Tensor x = with_adjacent_columns(embeddings);
+  const OptionalTensor ref = ref_embeddings ? OptionalTensor(with_adjacent_columns(*ref_embeddings)) : std::nullopt;
+  Mined mined = mine_triplets(x, labels, ref, ref_labels, strategies, d);
+  return {mined.positives, mined.negatives};
+}
+
+}  // namespace
+
+Mined mine_triplets(const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& ref_embeddings,
+                    const OptionalTensor& ref_labels, Strategies strategies, Distance distance) {
+  return dispatch(embeddings.scalar_type(), [&](const auto& kernels) {
+    return mine(kernels, embeddings, labels, ref_embeddings, ref_labels, strategies, distance);
+  });
+}
+
+TORCH_LIBRARY_IMPL(deepsim_ext, CPU, m) { m.impl("mine_triplets", mine_triplets_op); }
+
+}  // namespace deepsim::cpu
