@@ -25,11 +25,17 @@ test-fast: $(VENV)/built
 # What takes minutes there and differs in no kernel from the rest is left out; so is half of what both kinds of tiles share.
 EMULATED := not gradcheck or (gradcheck and mean and not nonzero and l2) or (gradcheck and sum and soft)
 EMULATED_GRAM := ($(EMULATED)) and not (37.5 or none or bchw) and not gatys and not (mean and l1) and not (sum and l2)
+EMULATED_PAIRS := (values and (all-mean_nonzero or window-mean or semi_hard-soft or contrastive-mean_nonzero) and (cosine-float64 or -euclidean-float16))
+EMULATED_PAIRS := $(EMULATED_PAIRS) or whole_numbers or duplicates or cancels or margins or (nan_or_inf and bfloat16 and nan)
+EMULATED_STRATEGIES := (brute_force or values) and cosine-float64 or minus_one and euclidean
 test-emulated: $(VENV)/built
 	$(BIN)/python -m pytest -q --emulated tests/test_batch_hard.py -k "$(EMULATED)"
 	DEEPSIM_CUDA_MINING=mma $(BIN)/python -m pytest -q --emulated tests/test_batch_hard.py -k "selection or ties or euclidean-float32"
 	DEEPSIM_CUDA_MINING=wgmma $(BIN)/python -m pytest -q --emulated tests/test_batch_hard.py -k "not gradcheck"
 	$(BIN)/python -m pytest -q --emulated tests/test_gram.py -k "$(EMULATED_GRAM)"
+	$(BIN)/python -m pytest -q --emulated tests/test_nearest_neighbors.py -k "not opcheck"
+	$(BIN)/python -m pytest -q --emulated tests/test_all_pairs.py -k "$(EMULATED_PAIRS)"
+	$(BIN)/python -m pytest -q --emulated tests/test_mining_strategies.py -k "$(EMULATED_STRATEGIES)"
 
 # What nvcc makes of the CUDA kernels; where there is no nvcc they are not built either.
 cuda-check: $(VENV)/built

@@ -40,7 +40,7 @@ def batch_hard_mine(
         positive: "hard" is the farthest, "easy" the nearest, "semihard" the farthest that is nearer than the
             negative.
         negative: "hard" is the nearest, "easy" the farthest, "semihard" the nearest that is farther than the
-            positive; not both "semihard". All but "hard" with "hard" run on the CPU only so far.
+            positive; not both "semihard".
         distance: "euclidean", "sqeuclidean" or "cosine" (1 - cos; a zero vector is at distance 1 from all).
 
     Returns:

@@ -68,7 +68,7 @@ struct Points {
     in_threads(depth, [&](int64_t begin, int64_t end) { kernels.column_sums(rows, nullptr, begin, end, sums.data()); });
     std::vector<T> centre;
     for (const double sum : sums) centre.push_back(T(sum / double(n)));
-    in_threads(n, [&](int64_t begin, int64_t end) { kernels.inverse_norms(rows, begin, end, norms.data()); });
+    in_threads(n, [&](int64_t begin, int64_t end) { kernels.norms(rows, begin, end, norms.data()); });
     std::vector<int32_t> order(n);
     std::iota(order.begin(), order.end(), 0);
     for (int64_t i = 0; i < n; ++i) begin[i] = int32_t(i / 3 * 3), end[i] = int32_t(std::min(n, i / 3 * 3 + 3));

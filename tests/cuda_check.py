@@ -43,6 +43,7 @@ int main() {
   std::printf("mine_direct_kernel %zu\\n", sizeof(DirectShared<double>));
   std::printf("mine_mma_kernel %zu\\n", sizeof(MmaShared));
   std::printf("mine_wgmma_kernel %zu\\n", sizeof(WgmmaShared));
+  std::printf("choose_again_kernel %zu\\n", sizeof(ChoosingShared));
   std::printf("finish_kernel %zu\\n", sizeof(LossShared<double>));
   std::printf("gradient_kernel %zu\\n", sizeof(GradientShared));
   std::printf("pair_distances_kernel %zu\\n", sizeof(DirectElements<double>));
@@ -81,6 +82,7 @@ EXPECTATIONS = {
     "mine_wgmma_kernel": Expectation(
         tensor_cores=True, least_blocks=2, least_blocks_deep=1, architectures=("sm_90a",)
     ),
+    "choose_again_kernel": Expectation(least_blocks=2),
     "finish_kernel": Expectation(least_blocks=2),
     "count_kernel": Expectation(),
     "gradient_kernel": Expectation(least_blocks=2),

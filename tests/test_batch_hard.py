@@ -224,6 +224,31 @@ def test_selection_within_the_contracted_gap(d):
         assert ((squared[anchors, chosen] - order.values[:, 0]).abs() <= gap).all()
 
 
+@by_distance
+@pytest.mark.parametrize("references", [False, True], ids=["self", "references"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_selection_within_heaps_that_are_far_apart(dtype, references, distance):
+    """Between neighbours in a heap, |a|^2 + |b|^2 - 2ab has no correct digit in float32."""
+    g = torch.Generator().manual_seed(8)
+    labels = torch.arange(400) // 5
+    heap = torch.randn(2, 16, generator=g) * (1e4 if distance != "cosine" else 1e3)
+    x = (torch.randn(400, 16, generator=g) + heap[labels % 2]).to(dtype)
+    order = torch.randperm(400, generator=g)
+    x, labels = x[order], labels[order]
+    sets = (x, labels, x.clone(), labels) if references else (x, labels)
+    exact = reference.distances.pairwise(x.double(), x.double(), distance)
+    same = labels[:, None] == labels
+    others = same if references else same & ~torch.eye(400, dtype=torch.bool)
+    anchors, positives, negatives = batch_hard_mine(*sets, distance=distance)
+    assert torch.equal(anchors, torch.arange(400))
+    for chosen, best in (
+        (positives, exact.masked_fill(~others, -1).amax(1)),
+        (negatives, exact.masked_fill(same, torch.inf).amin(1)),
+    ):
+        torch.testing.assert_close(exact[anchors, chosen], best, rtol=1e-3, atol=0)
+    assert others[anchors, positives].all() and not same[anchors, negatives].any()
+
+
 @pytest.mark.parametrize("d", [128, 384, 2048])
 def test_selection_on_a_line(d):
     """Where all terms of a product have one sign, and sums that are cut off fall short by the most they can.

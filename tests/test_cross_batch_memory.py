@@ -244,8 +244,8 @@ EXPECTED_LOSS = 'loss must be a batch loss of deepsim_ext.nn without return_stat
         ((nn.TripletMarginLoss(), D), TypeError, EXPECTED_LOSS + "TripletMarginLoss"),
         ((functional.batch_all_triplet_loss, D), TypeError, EXPECTED_LOSS + "function"),
         ((nn.BatchHardTripletLoss(reduction="none"), D), ValueError,
-         EXPECTED_LOSS + "BatchHardTripletLoss(margin=0.2, soft=False, distance='euclidean',"
-         " reduction='none', return_stats=False)"),
+         EXPECTED_LOSS + "BatchHardTripletLoss(positive='hard', negative='hard', margin=0.2, soft=False,"
+         " distance='euclidean', reduction='none', return_stats=False)"),
         ((nn.BatchAllTripletLoss(return_stats=True), D), ValueError,
          EXPECTED_LOSS + "BatchAllTripletLoss(margin=0.2, distance='euclidean', reduction='mean_nonzero',"
          " return_stats=True)"),

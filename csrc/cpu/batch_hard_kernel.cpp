@@ -157,8 +157,8 @@ std::tuple<at::Tensor, at::Tensor> loss_backward(const Kernels<T>& kernels, cons
   const Rows anchors = rows_of(x), references = ref ? rows_of(*ref) : anchors;
   std::vector<double> anchor_scale, reference_scale;
   if (distance == Distance::cosine) {
-    anchor_scale = inverse_norms(kernels, anchors);
-    if (ref) reference_scale = inverse_norms(kernels, references);
+    anchor_scale = inverse(norms(kernels, anchors));
+    if (ref) reference_scale = inverse(norms(kernels, references));
   }
   const double* anchor_scales = anchor_scale.empty() ? nullptr : anchor_scale.data();
   const TripletGradient<T> gradient{anchors,       references, p, q, ap, an, coefficient.data(), anchor_scales,

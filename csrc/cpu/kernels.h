@@ -16,12 +16,13 @@ struct Rows {
   int64_t count, depth, stride;
 };
 
-// How embeddings become packed rows: row p of the packing is (x[order[p]] * row_scale - center).
+// How embeddings become packed rows: row p of the packing is (x[order[p]] / norm - center).
 template <class T>
 struct Packing {
   const int32_t* order;     // [count] packed position -> row of x
   const T* center;          // [depth], subtracted to keep cancellation out of |a|^2 + |b|^2 - 2ab
-  const double* row_scale;  // [count] by row of x; null means 1
+  // [count] by row of x; null means 1. It is divided by, not multiplied by its inverse: so rows of one column become exactly 1 and -1.
+  const double* norm;
 };
 
 // Rows packed for the tile product (simd/tile_product.h), filled up to whole panels with rows that never win.
@@ -196,10 +197,10 @@ struct Kernels {
 
   int64_t panel_rows;
 
-  // sums[k] = sum over rows of x[row][k] * row_scale[row], for columns [begin, end).
-  void (*column_sums)(const Rows& x, const double* row_scale, int64_t begin, int64_t end, double* sums);
+  // sums[k] = sum over rows of x[row][k] / norm[row], zero rows left out,, for columns [begin, end).
+  void (*column_sums)(const Rows& x, const double* norm, int64_t begin, int64_t end, double* sums);
   // scale[row] = 1 / |x[row]|, 0 for a zero row, NaN for a row that is not finite.
-  void (*inverse_norms)(const Rows& x, int64_t begin, int64_t end, double* scale);
+  void (*norms)(const Rows& x, int64_t begin, int64_t end, double* norm);
   void (*pack)(const Rows& x, const Packing<T>& packing, int64_t panel_begin, int64_t panel_end, const PackedRows<T>& out);
   void (*mine)(const MineBlock<T>& block);
   // d_ap, d_an of the anchors [begin, end) by direct differences; 0 where the anchor is not valid.

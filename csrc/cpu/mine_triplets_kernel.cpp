@@ -7,17 +7,11 @@
 #include "../batch_hard.h"
 #include "all_pairs.h"
 #include "capability.h"
+#include "choose.h"
 #include "mined.h"
 
 namespace deepsim::cpu {
 namespace {
-
-// Of each packed row, filling included.
-template <class T>
-struct Chosen {
-  std::vector<T> distance;
-  std::vector<int32_t> index;  // row of the input, kNobody where there is none: the distance then means nothing
-};
 
 // The farthest positive, or the nearest, of those nearer than `limit`.
 template <class T>
@@ -38,23 +32,6 @@ Chosen<T> choose_positives(const PackedPairs<T>& pairs, const PositiveLists<T>& 
   return chosen;
 }
 
-// The farthest negative, or the nearest of those farther than `limit`.
-template <class T>
-Chosen<T> choose_negatives(const Kernels<T>& kernels, const PackedPairs<T>& pairs, bool farthest, const std::vector<T>& limit,
-                           Distance distance) {
-  // To the semi-hard search the limits are lists of one positive each.
-  std::vector<int64_t> begin;
-  for (int64_t i = 0; i <= pairs.rows.panels; ++i) begin.push_back(i * pairs.panel_rows);
-  // Starts out as what everything betters in the one search, and nothing in the other, which then costs next to nothing.
-  const T worst = farthest ? T(-1) : std::numeric_limits<T>::max();
-  Chosen<T> near{std::vector<T>(limit.size(), worst), std::vector<int32_t>(limit.size(), kNobody)}, far = near;
-  const SemiHardLists<T> lists{begin.data(),      limit.data(),        near.distance.data(),
-                               near.index.data(), far.distance.data(), far.index.data()};
-  struct Nothing {};
-  over_squares<Nothing>(pairs, [&](const TileBlock<T>& tiles, Nothing&) { kernels.semi_hard({tiles, lists, lists, distance}); });
-  return farthest ? far : near;
-}
-
 template <class T>
 Mined mine(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& labels, const OptionalTensor& ref,
            const OptionalTensor& ref_labels, Strategies strategies, Distance distance) {
@@ -62,15 +39,15 @@ Mined mine(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& lab
   return mine_packed(pairs, [&] {
     const PositiveLists<T> lists = positive_lists(kernels, pairs, distance);
     const bool nearest = strategies.positive == Strategy::easy, farthest = strategies.negative == Strategy::easy;
-    const std::vector<T> below_all(lists.count.size(), T(-1)), above_all(lists.count.size(), std::numeric_limits<T>::max());
+    const std::vector<T> below = below_all<T>(pairs), above_all(lists.count.size(), std::numeric_limits<T>::max());
     Chosen<T> positives, negatives;
     if (strategies.positive == Strategy::semihard) {
-      negatives = choose_negatives(kernels, pairs, farthest, below_all, distance);
+      negatives = choose_negatives(kernels, pairs, farthest, below, distance);
       positives = choose_positives(pairs, lists, nearest, negatives.distance);
     } else {
       positives = choose_positives(pairs, lists, nearest, above_all);
       const bool semi_hard = strategies.negative == Strategy::semihard;
-      negatives = choose_negatives(kernels, pairs, farthest, semi_hard ? positives.distance : below_all, distance);
+      negatives = choose_negatives(kernels, pairs, farthest, semi_hard ? positives.distance : below, distance);
     }
     return std::pair(std::move(positives.index), std::move(negatives.index));
   });

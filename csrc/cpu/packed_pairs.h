@@ -38,7 +38,7 @@ PositiveRanges positive_ranges(const std::vector<int64_t>& row_labels, const std
 template <class T>
 struct PackedPoints {
   int64_t count = 0, panels = 0;
-  std::vector<double> row_scale;  // by row of the input; empty means 1
+  std::vector<double> norm;  // |row| by row of the input, for cosine only
   at::Tensor panel_buffer;
   std::vector<T> half_norm;
   std::vector<int32_t> original;
@@ -67,29 +67,29 @@ struct PackedPairs {
 
 template <class T>
 PackedPoints<T> pack_points(const Kernels<T>& kernels, const Rows& x, const std::vector<int32_t>& order,
-                            const std::vector<double>& center, std::vector<double> row_scale) {
+                            const std::vector<double>& center, std::vector<double> norm) {
   const Stage stage("pack");
   PackedPoints<T> p;
   p.count = x.count;
   p.panels = (x.count + kernels.panel_rows - 1) / kernels.panel_rows;
-  p.row_scale = std::move(row_scale);
+  p.norm = std::move(norm);
   p.panel_buffer = at::empty({p.panels * kernels.panel_rows * x.depth}, c10::CppTypeToScalarType<T>::value);
   p.half_norm.resize(p.panels * kernels.panel_rows);
   p.original.resize(p.panels * kernels.panel_rows);
   p.view = {p.panel_buffer.template mutable_data_ptr<T>(), p.half_norm.data(), p.original.data(), x.depth};
   const std::vector<T> rounded(center.begin(), center.end());  // any shift does, as long as it is the same for every row
-  const Packing<T> packing{order.data(), rounded.data(), p.row_scale.empty() ? nullptr : p.row_scale.data()};
+  const Packing<T> packing{order.data(), rounded.data(), p.norm.empty() ? nullptr : p.norm.data()};
   at::parallel_for(0, p.panels, std::max<int64_t>(1, row_grain(x.depth) / kernels.panel_rows),
                    [&](int64_t begin, int64_t end) { kernels.pack(x, packing, begin, end, p.view); });
   return p;
 }
 
 template <class T>
-std::vector<double> column_means(const Kernels<T>& kernels, const Rows& x, const std::vector<double>& row_scale) {
+std::vector<double> column_means(const Kernels<T>& kernels, const Rows& x, const std::vector<double>& norm) {
   const Stage stage("centre");
   std::vector<double> mean(x.depth);
   at::parallel_for(0, x.depth, std::max<int64_t>(16, 65536 / std::max<int64_t>(1, x.count)), [&](int64_t begin, int64_t end) {
-    kernels.column_sums(x, row_scale.empty() ? nullptr : row_scale.data(), begin, end, mean.data());
+    kernels.column_sums(x, norm.empty() ? nullptr : norm.data(), begin, end, mean.data());
   });
   for (double& m : mean) m /= std::max<int64_t>(1, x.count);
   return mean;
@@ -131,20 +131,20 @@ PackedPairs<T> pack_pairs(const Kernels<T>& kernels, const at::Tensor& x, const 
                           const SortedLabels& ref_sorted, Distance distance) {
   const Rows anchors = rows_of(x), references = ref ? rows_of(*ref) : anchors;
   const bool cosine = distance == Distance::cosine;
-  std::vector<double> row_scale, ref_scale;
-  if (cosine) row_scale = inverse_norms(kernels, anchors);
-  if (cosine && ref) ref_scale = inverse_norms(kernels, references);
-  std::vector<double> center = column_means(kernels, references, ref ? ref_scale : row_scale);
+  std::vector<double> row_norm, ref_norm;
+  if (cosine) row_norm = norms(kernels, anchors);
+  if (cosine && ref) ref_norm = norms(kernels, references);
+  std::vector<double> center = column_means(kernels, references, ref ? ref_norm : row_norm);
   if (ref) {
     // One centre for both; anchors and references weigh the same, whatever their numbers.
-    const std::vector<double> anchor_center = column_means(kernels, anchors, row_scale);
+    const std::vector<double> anchor_center = column_means(kernels, anchors, row_norm);
     for (int64_t k = 0; k < anchors.depth; ++k) center[k] = (center[k] + anchor_center[k]) / 2;
   }
 
   // A zero row has cosine 0 with every row: with |.|^2 / 2 set to 1/2 throughout, 1/2 + 1/2 - 0 says so, as long as the rows
   // are not shifted. (The largest centred squared norm is then near 1, so centring would gain nothing.)
-  const auto has_zero = [](const std::vector<double>& scale) { return std::find(scale.begin(), scale.end(), 0.0) != scale.end(); };
-  const bool zero_rows = cosine && (has_zero(row_scale) || has_zero(ref_scale));
+  const auto has_zero = [](const std::vector<double>& norm) { return std::find(norm.begin(), norm.end(), 0.0) != norm.end(); };
+  const bool zero_rows = cosine && (has_zero(row_norm) || has_zero(ref_norm));
   if (zero_rows) std::fill(center.begin(), center.end(), 0.0);
   if (!cosine) round_center(kernels, references, center);
 
@@ -152,8 +152,8 @@ PackedPairs<T> pack_pairs(const Kernels<T>& kernels, const at::Tensor& x, const 
   pairs.panel_rows = kernels.panel_rows;
   pairs.symmetric = !ref;
   pairs.positives = positive_ranges(sorted.labels, ref_sorted.labels);
-  pairs.rows = pack_points(kernels, anchors, sorted.order, center, std::move(row_scale));
-  if (ref) pairs.references = pack_points(kernels, references, ref_sorted.order, center, std::move(ref_scale));
+  pairs.rows = pack_points(kernels, anchors, sorted.order, center, std::move(row_norm));
+  if (ref) pairs.references = pack_points(kernels, references, ref_sorted.order, center, std::move(ref_norm));
   pairs.finite = can_be_compared(pairs.rows) && (!ref || can_be_compared(pairs.references));
   if (zero_rows) {
     std::fill_n(pairs.rows.half_norm.begin(), pairs.rows.count, T(0.5));

@@ -47,7 +47,8 @@ void pull(const Batch& batch, const Stripe& stripe, bool of_anchors, int splits,
       p.accumulate = true;
     }
     launch(pull_kernel<S>, blocks, kBlockThreads, sizeof(PullShared<T>), stream, p);
-    if (splits > 1) launch(add_splits_kernel<T>, blocks_for(elements, 256), 256, 0, stream, static_cast<const T*>(partial), splits, elements, to);
+    if (splits == 1) return;
+    launch(add_splits_kernel<T>, blocks_for(elements, 256), 256, 0, stream, static_cast<const T*>(partial), splits, elements, to);
   });
 }
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "choose_again.cuh"
 #include "dispatch.cuh"
 #include "mine_direct.cuh"
 #include "mine_mma.cuh"
@@ -158,6 +159,8 @@ void finish_tiles(const Batch& batch, const TileMining& mining, const Triplets& 
   dispatch(batch.storage, [&](auto s) {
     using S = decltype(s);
     if constexpr (!std::is_same_v<S, double>) {  // of which there are no tiles
+      const int64_t blocks = blocks_for(batch.anchors.count, kChoosingAnchors);
+      launch(choose_again_kernel<S>, blocks, kBlockThreads, sizeof(ChoosingShared), stream, batch, mining);
       finish<S>(batch, TileChoices{mining.positive, mining.negative, mining.anchors.original}, out, options, stream);
     }
   });

@@ -75,7 +75,8 @@ __device__ __forceinline__ int32_t negative_of(const SemiHardShared<T>& shared, 
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlockThreads, 2) semi_hard_rows_kernel(Batch batch, Stripe stripe, TripletLoss<T> loss, RowSums* sums) {
+__global__ void __launch_bounds__(kBlockThreads, 2) semi_hard_rows_kernel(Batch batch, Stripe stripe, TripletLoss<T> loss,
+                                                                          RowSums* sums) {
   auto& shared = shared_memory<SemiHardShared<T>>();
   if (batch.flags->not_finite) return;
   const AnchorRow<T> row = anchor_row<T>(batch, stripe, blockIdx.x);

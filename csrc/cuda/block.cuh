@@ -34,7 +34,8 @@ struct Best {
 
 // The best of the block, in all threads.
 template <class T, bool kLargest>
-__device__ __forceinline__ Best<T, kLargest> block_best(Best<T, kLargest> best, T (&values)[kBlockWarps], int32_t (&indices)[kBlockWarps]) {
+__device__ __forceinline__ Best<T, kLargest> block_best(Best<T, kLargest> best, T (&values)[kBlockWarps],
+                                                        int32_t (&indices)[kBlockWarps]) {
   best.improve_by_lanes();
   __syncthreads();  // nobody reads what was there before
   if (lane_index() == 0) {

@@ -20,10 +20,11 @@ __device__ __forceinline__ double distance_between(const S* a, const S* b, int64
                                                    double norm_b) {
   const bool cosine = distance == Distance::cosine;
   if (cosine && (norm_a == 0 || norm_b == 0)) return 1;
-  const double scale_a = cosine ? 1 / norm_a : 1, scale_b = cosine ? 1 / norm_b : 1;
+  // Divided, not multiplied by the inverse: so rows of one column become exactly 1 and -1.
+  const auto element = [cosine](S v, double norm) { return cosine ? double(widen(v)) / norm : double(widen(v)); };
   double square = 0;
   for (int64_t k = lane_index(); k < depth; k += kWarp) {
-    const double difference = rounded_product(double(widen(a[k])), scale_a) - rounded_product(double(widen(b[k])), scale_b);
+    const double difference = element(a[k], norm_a) - element(b[k], norm_b);
     square += difference * difference;
   }
   square = warp_sum(square);

@@ -129,8 +129,8 @@ class _Miner(_Module):
 class BatchEasyHardMiner(_Miner):
     """A positive and a negative for every anchor that has both, or all positives, or all negatives: pairs.
 
-    One of each comes from the fused `batch_hard_mine`; all of a kind, allowed ranges and, on a GPU, all but
-    the hardest of both from plain torch in chunks of anchors. Identical rows: the lowest index.
+    One of each comes from the fused `batch_hard_mine`; all of a kind, and allowed ranges, from plain torch in
+    chunks of anchors. Identical rows: the lowest index.
     """
 
     HARD, SEMIHARD, EASY, ALL = "hard", "semihard", "easy", "all"
@@ -161,8 +161,7 @@ class BatchEasyHardMiner(_Miner):
         if strategies == (self.ALL, self.ALL):
             return _pairs.all_pairs(batch)
         ranges = self.allowed_pos_range, self.allowed_neg_range
-        mined = self.ALL not in strategies and ranges == (None, None) and batch.fused
-        if mined and (strategies == (self.HARD, self.HARD) or batch.embeddings.is_cpu):
+        if self.ALL not in strategies and ranges == (None, None) and batch.fused:
             a, p, n = functional.batch_hard_mine(
                 *batch.arguments,
                 positive=self.pos_strategy,

@@ -47,13 +47,18 @@ struct Points {
   Buffer<int64_t> labels;
   std::vector<double> exact;
 
-  Points(int64_t n, int64_t d, int classes, double shift, std::mt19937& random) : count(n), depth(d), x(n * d), labels(n), exact(n * d) {
+  // Classes stand around two points that are `apart` from each other in every coordinate.
+  Points(int64_t n, int64_t d, int classes, double shift, std::mt19937& random, double apart = 0)
+      : count(n), depth(d), x(n * d), labels(n), exact(n * d) {
     std::normal_distribution<double> normal(shift);
-    for (int64_t i = 0; i < n * d; ++i) {
-      assign(x[i], normal(random));
-      exact[i] = value_of(x[i]);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t label = int64_t(random() % classes);
+      labels[i] = label * 1000003 - 5;
+      for (int64_t k = i * d; k < (i + 1) * d; ++k) {
+        assign(x[k], normal(random) + double(label % 2) * apart);
+        exact[k] = value_of(x[k]);
+      }
     }
-    for (int64_t i = 0; i < n; ++i) labels[i] = int64_t(random() % classes) * 1000003 - 5;
   }
 
   double square(int64_t i, const Points& other, int64_t j) const {
@@ -110,11 +115,12 @@ struct Sorted {
 enum class Mining { direct, mma, wgmma };
 
 template <class S>
-void check_batch_hard(const std::string& name, int64_t n, int64_t m, int64_t depth, int classes, Mining how, std::mt19937& random) {
+void check_batch_hard(const std::string& name, int64_t n, int64_t m, int64_t depth, int classes, Mining how, std::mt19937& random,
+                      double apart = 0) {
   using T = Compute<S>;
   if (!wanted(name)) return;
   const bool self_form = m == 0;
-  Points<S> anchors(n, depth, classes, 0.5, random), others(self_form ? 0 : m, depth, classes, 0.5, random);
+  Points<S> anchors(n, depth, classes, 0.5, random, apart), others(self_form ? 0 : m, depth, classes, 0.5, random, apart);
   Points<S>& references = self_form ? anchors : others;
   Buffer<Flags> flags(1, 0);
   Batch batch = batch_of(anchors, references, self_form, Distance::sqeuclidean, flags);
@@ -485,6 +491,7 @@ void check_all(const std::string& type, std::mt19937& random) {
       if (how == Mining::wgmma && !can_use_wgmma()) continue;
       const std::string tiles = type + (how == Mining::mma ? " mma" : " wgmma");
       check_batch_hard<S>(tiles, 300, 0, 100, 40, how, random);
+      check_batch_hard<S>(tiles + ", two heaps", 140, 0, 20, 40, how, random, 1e3);
       check_batch_hard<S>(tiles + ", one label", 130, 0, 70, 1, how, random);
       check_batch_hard<S>(tiles + ", references", 40, 270, 390, 12, how, random);
     }

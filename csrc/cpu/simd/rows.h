@@ -12,11 +12,11 @@ DEEPSIM_INLINE const S* row_of(const Rows& x, int64_t i) {
 }
 
 template <class S>
-void column_sums(const Rows& x, const double* row_scale, int64_t begin, int64_t end, double* sums) {
+void column_sums(const Rows& x, const double* norm, int64_t begin, int64_t end, double* sums) {
   for (int64_t k = begin; k < end; ++k) sums[k] = 0;
   for (int64_t i = 0; i < x.count; ++i) {
     const S* row = row_of<S>(x, i);
-    const double scale = row_scale ? row_scale[i] : 1.0;
+    const double scale = norm ? (norm[i] == 0 ? 0.0 : 1 / norm[i]) : 1.0;
     for (int64_t k = begin; k < end; ++k) sums[k] += double(widen(row[k])) * scale;
   }
 }
@@ -36,11 +36,11 @@ DEEPSIM_INLINE double sum_of(int64_t n, Term term) {
 }
 
 template <class S>
-void inverse_norms(const Rows& x, int64_t begin, int64_t end, double* scale) {
+void norms(const Rows& x, int64_t begin, int64_t end, double* norm) {
   for (int64_t i = begin; i < end; ++i) {
     const S* row = row_of<S>(x, i);
     const double square = sum_of(x.depth, [row](int64_t k) { return double(widen(row[k])) * double(widen(row[k])); });
-    scale[i] = square == 0 ? 0.0 : square < __builtin_inf() ? 1 / __builtin_sqrt(square) : __builtin_nan("");
+    norm[i] = square < __builtin_inf() ? __builtin_sqrt(square) : __builtin_nan("");
   }
 }
 
@@ -55,12 +55,12 @@ void pack(const Rows& x, const Packing<typename ComputeOf<S>::type>& packing, in
     const int32_t* order = packing.order + first;
     const auto shifted = [&](int64_t r, int64_t k, auto v) {
       if constexpr (sizeof v == sizeof(T)) {
-        const double scale = packing.row_scale ? packing.row_scale[order[r]] : 1.0;
-        return T(T(v * scale) - packing.center[k]);
+        const double norm = packing.norm ? packing.norm[order[r]] : 1.0;
+        return T((norm == 0 ? T(0) : T(v / norm)) - packing.center[k]);
       } else {
-        if (packing.row_scale) {
-          const double scale = packing.row_scale[order[r]];
-          for (int64_t l = 0; l < W; ++l) v[l] = T(double(v[l]) * scale);
+        if (packing.norm) {
+          const double norm = packing.norm[order[r]];
+          for (int64_t l = 0; l < W; ++l) v[l] = norm == 0 ? T(0) : T(double(v[l]) / norm);
         }
         return v - load(packing.center + k);
       }

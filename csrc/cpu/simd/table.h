@@ -17,7 +17,7 @@ constexpr Kernels<typename ComputeOf<S>::type> kernels_for() {
   using T = typename ComputeOf<S>::type;
   return {kPanelRows<T>,
           column_sums<S>,
-          inverse_norms<S>,
+          norms<S>,
           pack<S>,
           mine<T>,
           triplet_distances<S>,

@@ -12,9 +12,10 @@ inline double distance_between(const S* a, const S* b, int64_t depth, Distance d
     const double bb = sum_of(depth, [b](int64_t k) { return double(widen(b[k])) * double(widen(b[k])); });
     if (aa == 0 || bb == 0) return 1;
     // |a/|a| - b/|b||^2 / 2 = 1 - cos, without its cancellation for nearly parallel rows.
-    const double scale_a = 1 / __builtin_sqrt(aa), scale_b = 1 / __builtin_sqrt(bb);
+    // Divided, not multiplied by the inverse: so rows of one column become exactly 1 and -1.
+    const double norm_a = __builtin_sqrt(aa), norm_b = __builtin_sqrt(bb);
     return sum_of(depth, [=](int64_t k) {
-             const double difference = double(widen(a[k])) * scale_a - double(widen(b[k])) * scale_b;
+             const double difference = double(widen(a[k])) / norm_a - double(widen(b[k])) / norm_b;
              return difference * difference;
            }) / 2;
   }
