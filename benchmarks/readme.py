@@ -1,4 +1,8 @@
-"""`python -m benchmarks.readme`: writes the README's figures from results/cpu.json and hardness.json."""
+"""`python -m benchmarks.readme`: writes the README's figures from the records in results/.
+
+cpu.json is of `python -m benchmarks.run`, cpu-all_pairs.json of the same with `--only all_pairs`, hardness.json
+of `python -m benchmarks.hardness`.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +11,26 @@ import math
 from pathlib import Path
 from typing import Any
 
-from . import hardness
+from . import bench_all_pairs, hardness
 from .report import Record, table
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULT = Path(__file__).parent / "results" / "cpu.json"
+ALL_PAIRS_RESULT = RESULT.with_name("cpu-all_pairs.json")
 BEGIN, END = "<!-- figures: python -m benchmarks.readme -->\n", "<!-- end of figures -->\n"
+ALL_PAIRS_BEGIN, ALL_PAIRS_END = BEGIN.replace("figures", "all pairs"), END.replace("figures", "all pairs")
 HARDNESS_BEGIN, HARDNESS_END = BEGIN.replace("figures", "hardness"), END.replace("figures", "hardness")
 
 BATCH_HARD_CASES = [f"N={n} D={d} float32" for d in (128, 512) for n in (256, 1024, 4096, 8192)]
+ALL_PAIRS_CASES = [
+    f"{loss} N={n} D={bench_all_pairs.D} K={bench_all_pairs.K}"
+    for n in bench_all_pairs.SIZES
+    for loss in bench_all_pairs.OURS
+]
 STYLE_CASES = [f"{size}x{size} all layers" for size in (256, 512)]
 BATCH_HARD_RIVALS = ["torch eager", "torch.compile", "torch row-chunked", "pytorch-metric-learning"]
+ALL_PAIRS_RIVALS = ["torch eager", "pytorch-metric-learning", "sentence-transformers"]
 STYLE_RIVALS = ["torch eager", "torch.compile", "one-GEMM Function"]
 
 
@@ -37,6 +49,24 @@ def section(result: dict[str, Any]) -> str:
             "Style loss over VGG19's conv1_1 … conv5_1 for a picture of the given size:",
             "",
             *_table(result["records"], "style", STYLE_CASES, STYLE_RIVALS),
+            "",
+        ]
+    )
+
+
+def all_pairs_section(result: dict[str, Any]) -> str:
+    """A Markdown table of the losses, and a line about nearest neighbours."""
+    n, k = bench_all_pairs.NEIGHBORS
+    case = f"nearest_neighbors N={n} D={bench_all_pairs.D} k={k}"
+    times = {r["contender"]: r for r in result["records"] if r["case"] == case and r["kind"] == "time"}
+    ours = times["deepsim_ext"]
+    faiss = times["faiss IndexFlatL2"]["p50_ms"] / ours["p50_ms"]
+    return "\n".join(
+        [
+            *_table(result["records"], "all_pairs", ALL_PAIRS_CASES, ALL_PAIRS_RIVALS),
+            "",
+            f"The {k} nearest neighbours of each of {n} rows among the others, D={bench_all_pairs.D}:"
+            f" {ours['p50_ms']:.0f} ms, {ours['product_ratio']:.2f} mm, {faiss:.1f} times as fast as faiss' IndexFlatL2.",
             "",
         ]
     )
@@ -98,6 +128,8 @@ def with_section(text: str, new: str, begin: str = BEGIN, end: str = END) -> str
 def with_figures(text: str) -> str:
     """`text` with every section replaced by what the records say."""
     text = with_section(text, section(json.loads(RESULT.read_text())))
+    new = all_pairs_section(json.loads(ALL_PAIRS_RESULT.read_text()))
+    text = with_section(text, new, ALL_PAIRS_BEGIN, ALL_PAIRS_END)
     new = hardness_section(json.loads(hardness.RESULT.read_text()))
     return with_section(text, new, HARDNESS_BEGIN, HARDNESS_END)
 
