@@ -1,7 +1,7 @@
 """`python -m benchmarks.readme`: writes the README's figures from the records in results/.
 
-cpu.json is of `python -m benchmarks.run`, cpu-all_pairs.json of the same with `--only all_pairs`, hardness.json
-of `python -m benchmarks.hardness`.
+cpu.json is of `python -m benchmarks.run`, cpu-all_pairs.json of the same with `--only all_pairs`, and
+hardness.json of `python -m benchmarks.hardness`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def all_pairs_section(result: dict[str, Any]) -> str:
             *_table(result["records"], "all_pairs", ALL_PAIRS_CASES, ALL_PAIRS_RIVALS),
             "",
             f"The {k} nearest neighbours of each of {n} rows among the others, D={bench_all_pairs.D}:"
-            f" {ours['p50_ms']:.0f} ms, {ours['product_ratio']:.2f} mm, {faiss:.1f} times as fast as faiss' IndexFlatL2.",
+            f" {ours['p50_ms']:.0f} ms, {ours['product_ratio']:.2f} mm,"
+            f" {faiss:.1f} times as fast as faiss' IndexFlatL2.",
             "",
         ]
     )
