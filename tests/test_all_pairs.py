@@ -37,7 +37,7 @@ LOSSES = {
         batch_semi_hard_triplet_loss,
         {"soft": True, "definition": "tfa", "reduction": "sum"},
     ),
-    "contrastive-mean_nonzero": (batch_contrastive_loss, {"pos_margin": 0.3, "neg_margin": 3.1}),
+    "contrastive-mean_nonzero": (batch_contrastive_loss, {"pos_margin": 0.3, "neg_margin": 3.0}),
     "contrastive-mean": (
         batch_contrastive_loss,
         {"pos_margin": 0.3, "neg_margin": 3.0, "squared": True, "reduction": "mean"},

@@ -365,7 +365,7 @@ def neighbors() -> list[Case]:
         wrong((many, many + 1, 1025), ValueError, k + "G=1100, got int 1025"),
         wrong((X, X, 4), ValueError, k + "Q-1=3, got int 4"),
         wrong((X, None, 4), ValueError, k + "Q-1=3, got int 4"),
-        wrong((z(0, 3), None, 1), ValueError, k + "Q-1=-1, got int 1"),
+        wrong((z(0, 3), None, 1), ValueError, k + "Q-1=0, got int 1"),
         wrong((X, other, 2.0), TypeError, k + "G=5, got float 2.0"),
         wrong((X, other, True), TypeError, k + "G=5, got bool True"),
         wrong((X, other, "2"), TypeError, k + 'G=5, got "2"'),
