@@ -4,10 +4,13 @@
 #include <ATen/Functions.h>
 
 #include <algorithm>
+#include <string_view>
 #include <tuple>
 
+#include "../batch_hard.h"
 #include "../common/checks.h"
 #include "../common/stage.h"
+#include "../common/sum_reduction.h"
 #include "all_pairs.h"
 #include "backend.h"
 #include "owned_batch.h"
@@ -91,6 +94,22 @@ LossWithGradient loss_over_stripes(const OwnedBatch& b, int64_t counts, bool wit
     if (!b.view.self_form) finish_gradient(b.view, false, scaled_rows ? nullptr : scale, grad_ref.mutable_data_ptr(), stream);
   }
   return {loss, count, means, grad, grad_ref};
+}
+
+// An op whose loss is of triplets: run_rows(batch, stripe, sums, stream) launches its row kernel.
+template <class RunRows>
+LossWithGradient triplet_loss_over_stripes(const char* function, const at::Tensor& embeddings, const at::Tensor& labels,
+                                           const OptionalTensor& ref_embeddings, const OptionalTensor& ref_labels,
+                                           std::string_view distance, std::string_view reduction, bool with_gradient, RunRows run_rows) {
+  check_batch(function, embeddings, labels, ref_embeddings, ref_labels);
+  const Distance d = distance_from(function, distance);
+  const SumReduction r = sum_reduction_from(function, reduction);
+  const c10::DeviceGuard guard(embeddings.device());
+  const OwnedBatch b = own(embeddings, labels, ref_embeddings, ref_labels, d);
+  return loss_over_stripes(
+      b, 3, with_gradient, false,
+      [&](const Stripe& stripe, const double*, RowSums* sums, void* stream) { run_rows(b.view, stripe, sums, stream); },
+      [&](const RowSums* sums, const LossOutputs& out, void* stream) { finish_triplets(b.view, sums, r, out, stream); });
 }
 
 }  // namespace deepsim::cuda

@@ -1,8 +1,6 @@
 // Contrastive loss of all pairs on CUDA, the torch side.
 #include <torch/library.h>
 
-#include "../batch_hard.h"
-#include "../common/sum_reduction.h"
 #include "all_pairs_kernel.h"
 
 namespace deepsim::cuda {

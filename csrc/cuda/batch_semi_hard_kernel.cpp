@@ -1,8 +1,6 @@
 // Semi-hard triplet loss on CUDA, the torch side.
 #include <torch/library.h>
 
-#include "../batch_hard.h"
-#include "../common/sum_reduction.h"
 #include "all_pairs_kernel.h"
 
 namespace deepsim::cuda {
@@ -11,18 +9,10 @@ namespace {
 LossWithGradient batch_semi_hard_triplet_loss(const at::Tensor& embeddings, const at::Tensor& labels,
                                               const OptionalTensor& ref_embeddings, const OptionalTensor& ref_labels, double margin,
                                               bool soft, std::string_view distance, std::string_view reduction, bool with_gradient) {
-  constexpr const char* function = "batch_semi_hard_triplet_loss";
-  check_batch(function, embeddings, labels, ref_embeddings, ref_labels);
-  const Distance d = distance_from(function, distance);
-  const SumReduction r = sum_reduction_from(function, reduction);
-  const c10::DeviceGuard guard(embeddings.device());
-  const OwnedBatch b = own(embeddings, labels, ref_embeddings, ref_labels, d);
-  return loss_over_stripes(
-      b, 3, with_gradient, false,
-      [&](const Stripe& stripe, const double*, RowSums* sums, void* stream) {
-        semi_hard_rows(b.view, stripe, {margin, soft}, sums, stream);
-      },
-      [&](const RowSums* sums, const LossOutputs& out, void* stream) { finish_triplets(b.view, sums, r, out, stream); });
+  return triplet_loss_over_stripes("batch_semi_hard_triplet_loss", embeddings, labels, ref_embeddings, ref_labels, distance, reduction,
+                                   with_gradient, [=](const Batch& batch, const Stripe& stripe, RowSums* sums, void* stream) {
+                                     semi_hard_rows(batch, stripe, {margin, soft}, sums, stream);
+                                   });
 }
 
 }  // namespace

@@ -1,7 +1,6 @@
 // Mining by strategy, and the triplet loss of what it finds, on CUDA, the torch side.
 #include <torch/library.h>
 
-#include "../batch_hard.h"
 #include "../mine_triplets.h"
 #include "all_pairs_kernel.h"
 #include "mined_triplets.h"
