@@ -67,6 +67,7 @@ def batch_hard(n: int, d: int, split: bool, itemsize: int, way: str) -> list[Sta
             tensor=full * flops / HALF_FLOPS[way],
             plain=full * TILE * TILE * REDUCE_INSTRUCTIONS,
         ),
+        Stage("choose again: whether anybody has to", memory=40 * n),
         Stage("distances and loss", memory=3 * x),
         Stage("gradient", memory=6 * x, launches=4 if n > 4096 else 2),
     ]

@@ -88,9 +88,10 @@ def batch_hard_triplet_loss(
     Leibe, "In Defense of the Triplet Loss for Person Re-Identification" (2017), eq. 5; the soft margin is of
     its section 2.
 
-    Tiles of distances only choose the triplets; the chosen distances are then computed again as direct
-    differences, so loss and gradient are exact to rounding. Both, and the choice, come out in the same bits
-    from every run, for any number of threads.
+    Tiles of distances only choose the triplets, and where a choice has lost its digits to cancellation it is
+    made again by differences; the chosen distances are then computed as direct differences, so loss and
+    gradient are exact to rounding. Both, and the choice, come out in the same bits from every run, for any
+    number of threads.
 
     Args:
         embeddings, labels, ref_embeddings, ref_labels, positive, negative, distance: as in `batch_hard_mine`.

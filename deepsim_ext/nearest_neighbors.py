@@ -16,8 +16,8 @@ def nearest_neighbors(
     """The k nearest rows of `gallery` for every row of `queries`, nearest first.
 
     Source: the rule of Cover and Hart, "Nearest Neighbor Pattern Classification" (1967), for k neighbours.
-    Tiles of distances only choose them, in memory O(Q k) beyond packed copies of the inputs; the chosen
-    distances are then computed again as direct differences.
+    The distances returned are direct differences. Memory is O(Q k) beyond copies of the inputs on the CPU,
+    where tiles of distances only choose, and 16 MiB on CUDA, where all distances are direct differences.
 
     Args:
         queries: [Q, D] with D >= 1; float32, float64, bfloat16 or float16.

@@ -49,7 +49,7 @@ def steps(folder: Path, scratch: Path) -> list[tuple[str, list[str], int]]:
     install = [PYTHON, "-m", "pip", "install", "--no-index", "--no-deps"]
     install += ["--target", str(scratch / "packages")]
     suite = ["tests/test_batch_hard.py", "tests/test_gram.py"]
-    pairs = ["tests/test_nearest_neighbors.py", "tests/test_all_pairs.py"]
+    pairs = [f"tests/test_{name}.py" for name in ("nearest_neighbors", "all_pairs", "mining_strategies")]
     result = [
         ("gpu", ["nvidia-smi"], 20),
         *([("wheels", [*install, *wheels], 60)] if wheels else []),

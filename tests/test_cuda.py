@@ -34,6 +34,8 @@ PAIR_LOSSES = {
     "batch_all": batch_all_triplet_loss,
     "semi_hard": batch_semi_hard_triplet_loss,
     "contrastive": partial(batch_contrastive_loss, neg_margin=12.0),
+    "contrastive_mean": partial(batch_contrastive_loss, neg_margin=12.0, reduction="mean"),
+    "mining_strategies": partial(batch_hard_triplet_loss, positive="easy", negative="semihard"),
 }
 
 
@@ -75,9 +77,9 @@ def test_nothing_waits_for_the_device():
     try:
         for loss in losses:
             step(x, labels, loss)
+            loss(x, labels, return_stats=True)
         style_step(f, target)
         nearest_neighbors(x, None, 5)
-        batch_hard_triplet_loss(x, labels, return_stats=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -101,6 +103,25 @@ def test_graph_capture_and_replay(n, loss):
         graph.replay()
         for got, expected in zip(captured, step(x, labels, loss), strict=True):
             assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("n", [200, 9000])
+def test_neighbours_in_a_graph(n):
+    x = torch.randn(n, 96, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        nearest_neighbors(x, None, 20)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = nearest_neighbors(x, None, 20)
+    for _ in range(2):
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        expected = nearest_neighbors(x, None, 20)
+        assert torch.equal(captured.indices, expected.indices)
+        assert torch.equal(captured.distances, expected.distances)
 
 
 @pytest.mark.parametrize(("n", "d", "dtype"), [(65536, 128, torch.float32), (262144, 32, torch.bfloat16)])
@@ -136,7 +157,7 @@ def test_losses_of_all_pairs_of_large_batches(name, dtype):
     assert torch.cuda.max_memory_allocated() - before <= 3 * x.numel() * 4 + 64 * 2**20
     exact, exact_grad = step(x.detach().double().requires_grad_(), labels, loss)
     torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=0)
-    tolerance = 0.02 if name == "semi_hard" else 1e-4 if dtype is torch.float32 else 5e-3
+    tolerance = 0.02 if name in ("semi_hard", "mining_strategies") else 1e-4 if dtype is torch.float32 else 5e-3
     assert (grad.double() - exact_grad).norm() <= tolerance * exact_grad.norm()
     assert all(torch.equal(a, b) for a, b in zip(step(x, labels, loss), (value, grad), strict=True))
 

@@ -92,6 +92,13 @@ std::vector<Sums> over_squares(const PackedPairs<T>& pairs, Run run) {
   return sums;
 }
 
+// The same for what leaves no sums: run(tiles).
+template <class T, class Run>
+void over_squares(const PackedPairs<T>& pairs, Run run) {
+  struct Nothing {};
+  over_squares<Nothing>(pairs, [&](const TileBlock<T>& tiles, Nothing&) { run(tiles); });
+}
+
 // The gradient that tiles gather, by packed row and column; empty where none is wanted.
 template <class T>
 struct GatheredGradient {

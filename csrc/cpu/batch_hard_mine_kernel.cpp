@@ -13,7 +13,7 @@
 
 #include "../batch_hard.h"
 #include "capability.h"
-#include "choose.h"
+#include "choose_again.h"
 #include "mined.h"
 #include "packed_pairs.h"
 
@@ -110,53 +110,14 @@ ExtremesBuffer<T> search(const Kernels<T>& kernels, const PackedPairs<T>& pairs)
   return best;
 }
 
-// Tiles subtract |a|^2 and |b|^2 from twice ab. Where what is left is a smaller share of |a|^2 than this, it has lost so many digits
-// that the choice is made again by differences. Other choices are right to 2^-14 of their own squared distance in float32.
-constexpr double kLostShare = 1.0 / 512;
-
-template <class T>
-bool has_lost_digits(const PackedPairs<T>& pairs, int64_t p, int32_t index, T half_square) {
-  return index != kNobody && double(half_square) < kLostShare * double(pairs.rows.half_norm[p]);
-}
-
-// The positives of row p are all close to it: looks through them.
-template <class T>
-void choose_positive_again(const Kernels<T>& kernels, const PackedPairs<T>& pairs, const Rows& rows, const Rows& columns,
-                           Distance distance, int64_t p, ExtremesBuffer<T>& best) {
-  std::vector<int32_t> positives;
-  for (int64_t c = pairs.positives.begin[p]; c < pairs.positives.end[p]; ++c)
-    if (!(pairs.symmetric && c == p)) positives.push_back(pairs.columns().original[c]);
-  const std::vector<int32_t> anchor(positives.size(), pairs.rows.original[p]);
-  std::vector<T> d(positives.size());
-  kernels.pair_distances(rows, columns, anchor.data(), positives.data(), distance, 0, int64_t(d.size()), d.data());
-  // In the order of the columns, which for one label is that of the input: the first of equals has the lowest index.
-  best.positive_index[p] = positives[std::max_element(d.begin(), d.end()) - d.begin()];
-}
-
-template <class T>
-void choose_again(const Kernels<T>& kernels, const PackedPairs<T>& pairs, const at::Tensor& x, const OptionalTensor& ref,
-                  Distance distance, ExtremesBuffer<T>& best) {
-  const Stage stage("choose again");
-  at::parallel_for(0, pairs.rows.count, 256, [&](int64_t begin, int64_t end) {
-    const Rows rows = rows_of(x), columns = rows_of(ref ? *ref : x);
-    for (int64_t p = begin; p < end; ++p)
-      if (has_lost_digits(pairs, p, best.positive_index[p], best.positive[p]))
-        choose_positive_again(kernels, pairs, rows, columns, distance, p, best);
-  });
-  for (int64_t p = 0; p < pairs.rows.count; ++p) {
-    if (!has_lost_digits(pairs, p, best.negative_index[p], best.negative[p])) continue;
-    best.negative_index = choose_negatives(kernels, pairs, false, below_all(pairs), distance).index;  // everybody's at once
-    return;
-  }
-}
-
 template <class T>
 Mined mine(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& labels, const OptionalTensor& ref,
            const OptionalTensor& ref_labels, Distance distance) {
   const PackedPairs<T> pairs = pack_pairs(kernels, x, labels, ref, ref_labels, distance);
   return mine_packed(pairs, [&] {
     ExtremesBuffer<T> best = search(kernels, pairs);
-    choose_again(kernels, pairs, x, ref, distance, best);
+    choose_positives_again<T>(kernels, pairs, distance, {best.positive, best.positive_index});
+    choose_negatives_again<T>(kernels, pairs, distance, {best.negative, best.negative_index});
     return std::pair(std::move(best.positive_index), std::move(best.negative_index));
   });
 }

@@ -29,8 +29,7 @@ Triplets mine(const Kernels<T>& kernels, const PackedPairs<T>& pairs, Distance d
   std::vector<int32_t> nearest_index(lists.distance.size(), kNobody), farthest_index(rows, kNobody);
   const SemiHardLists<T> view{lists.begin.data(),   lists.distance.data(), nearest.data(),
                               nearest_index.data(), farthest.data(),       farthest_index.data()};
-  struct Nothing {};
-  over_squares<Nothing>(pairs, [&](const TileBlock<T>& tiles, Nothing&) { kernels.semi_hard({tiles, view, view, distance}); });
+  over_squares(pairs, [&](const TileBlock<T>& tiles) { kernels.semi_hard({tiles, view, view, distance}); });
 
   Triplets triplets;
   for (int64_t p = 0; p < pairs.rows.count; ++p) {

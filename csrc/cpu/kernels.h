@@ -197,9 +197,9 @@ struct Kernels {
 
   int64_t panel_rows;
 
-  // sums[k] = sum over rows of x[row][k] / norm[row], zero rows left out,, for columns [begin, end).
+  // sums[k] = sum over rows of x[row][k] / norm[row], zero rows left out, for columns [begin, end).
   void (*column_sums)(const Rows& x, const double* norm, int64_t begin, int64_t end, double* sums);
-  // scale[row] = 1 / |x[row]|, 0 for a zero row, NaN for a row that is not finite.
+  // norm[row] = |x[row]|, 0 for a zero row, NaN or inf for a row that is not finite.
   void (*norms)(const Rows& x, int64_t begin, int64_t end, double* norm);
   void (*pack)(const Rows& x, const Packing<T>& packing, int64_t panel_begin, int64_t panel_end, const PackedRows<T>& out);
   void (*mine)(const MineBlock<T>& block);

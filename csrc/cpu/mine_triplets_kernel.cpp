@@ -39,13 +39,13 @@ Mined mine(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& lab
   return mine_packed(pairs, [&] {
     const PositiveLists<T> lists = positive_lists(kernels, pairs, distance);
     const bool nearest = strategies.positive == Strategy::easy, farthest = strategies.negative == Strategy::easy;
-    const std::vector<T> below = below_all<T>(pairs), above_all(lists.count.size(), std::numeric_limits<T>::max());
+    const std::vector<T> below = below_all(pairs);
     Chosen<T> positives, negatives;
     if (strategies.positive == Strategy::semihard) {
       negatives = choose_negatives(kernels, pairs, farthest, below, distance);
       positives = choose_positives(pairs, lists, nearest, negatives.distance);
     } else {
-      positives = choose_positives(pairs, lists, nearest, above_all);
+      positives = choose_positives(pairs, lists, nearest, above_all(pairs));
       const bool semi_hard = strategies.negative == Strategy::semihard;
       negatives = choose_negatives(kernels, pairs, farthest, semi_hard ? positives.distance : below, distance);
     }

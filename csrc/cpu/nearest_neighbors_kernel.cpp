@@ -56,8 +56,7 @@ std::tuple<at::Tensor, at::Tensor> search(const Kernels<T>& kernels, const at::T
   std::vector<T> limit(rows, std::numeric_limits<T>::max());
   const NeighborLists<T> lists{value.mutable_data_ptr<T>(), index.mutable_data_ptr<int32_t>(), count.data(), limit.data(), k, capacity,
                                keep_nearest<T>};
-  struct Nothing {};
-  over_squares<Nothing>(pairs, [&](const TileBlock<T>& tiles, Nothing&) { kernels.nearest_neighbors({tiles, lists, lists}); });
+  over_squares(pairs, [&](const TileBlock<T>& tiles) { kernels.nearest_neighbors({tiles, lists, lists}); });
 
   const Stage stage("recompute");
   T* out = distances.mutable_data_ptr<T>();

@@ -28,7 +28,8 @@ int pull_splits(const Batch& batch, const Stripe& stripe, bool of_anchors) {
 
 void pull(const Batch& batch, const Stripe& stripe, bool of_anchors, int splits, void* partial, void* gradient, void* stream) {
   PullArguments p = {batch.anchors, batch.references, batch.anchor_norm, batch.reference_norm, stripe.first, stripe.rows,
-                     0, batch.references.count, stripe.strengths, stripe.stride, 1, splits, partial, false};
+                     0, batch.references.count, stripe.strengths, stripe.stride, 1, splits, batch.flags,
+                     partial, false};
   if (!of_anchors) {
     std::swap(p.own, p.others);
     std::swap(p.own_norm, p.other_norm);
@@ -48,7 +49,8 @@ void pull(const Batch& batch, const Stripe& stripe, bool of_anchors, int splits,
     }
     launch(pull_kernel<S>, blocks, kBlockThreads, sizeof(PullShared<T>), stream, p);
     if (splits == 1) return;
-    launch(add_splits_kernel<T>, blocks_for(elements, 256), 256, 0, stream, static_cast<const T*>(partial), splits, elements, to);
+    launch(add_splits_kernel<T>, blocks_for(elements, 256), 256, 0, stream, static_cast<const T*>(partial), splits, elements,
+           batch.flags, to);
   });
 }
 

@@ -67,8 +67,13 @@ LossWithGradient loss_over_stripes(const OwnedBatch& b, int64_t counts, bool wit
   double* scale = scales.mutable_data_ptr<double>();
   const LossOutputs out{loss.mutable_data_ptr(), count.mutable_data_ptr<int64_t>(), means.mutable_data_ptr(), scale};
 
-  if (with_gradient && scaled_rows) {
-    for_each_stripe(b, false, stream, [&](const Stripe& stripe) { run_rows(stripe, nullptr, sums, stream); });
+  const auto run = [&](const Stripe& stripe, const double* scales) {
+    const Stage stage("rows");
+    run_rows(stripe, scales, sums, stream);
+  };
+  const bool sums_first = with_gradient && scaled_rows;
+  if (sums_first) {
+    for_each_stripe(b, false, stream, [&](const Stripe& stripe) { run(stripe, nullptr); });
     finish(sums, out, stream);
   }
   at::Tensor grad = at::zeros({with_gradient ? anchors : 0, depth}, options);
@@ -80,15 +85,12 @@ LossWithGradient loss_over_stripes(const OwnedBatch& b, int64_t counts, bool wit
     pull(b.view, stripe, of_anchors, splits, partial.mutable_data_ptr(), gradient.mutable_data_ptr(), stream);
   };
   for_each_stripe(b, with_gradient, stream, [&](const Stripe& stripe) {
-    {
-      const Stage stage("rows");
-      run_rows(stripe, scaled_rows ? scale : nullptr, sums, stream);
-    }
+    run(stripe, sums_first ? scale : nullptr);
     if (!with_gradient) return;
     pull_together(stripe, true, grad);
     pull_together(stripe, false, b.view.self_form ? grad : grad_ref);
   });
-  if (!with_gradient || !scaled_rows) finish(sums, out, stream);
+  if (!sums_first) finish(sums, out, stream);
   if (with_gradient) {
     finish_gradient(b.view, true, scaled_rows ? nullptr : scale, grad.mutable_data_ptr(), stream);
     if (!b.view.self_form) finish_gradient(b.view, false, scaled_rows ? nullptr : scale, grad_ref.mutable_data_ptr(), stream);

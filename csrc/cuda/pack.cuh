@@ -134,11 +134,11 @@ __global__ void __launch_bounds__(kWarp * 8, 4) pack_kernel(PackArguments p) {
   const S* x = row_of<S>(p.rows, row);
   const bool zero_row = p.norms && p.flags->zero_row;
   const bool normalised = p.norms && p.centre;
-  const double norm = p.norms && !filling ? p.norms[row] : 1.0, inverse_norm = norm == 0 ? 0.0 : 1 / norm;
+  const double norm = p.norms && !filling ? p.norms[row] : 1.0;
   const bool centred = p.centre && !zero_row;
   const auto element = [&](int64_t k) {
     if (filling || k >= depth) return 0.0f;
-    const float v = normalised ? float(double(widen(x[k])) * inverse_norm) : float(widen(x[k]));
+    const float v = normalised ? float(norm == 0 ? 0.0 : double(widen(x[k])) / norm) : float(widen(x[k]));
     return centred ? v - p.centre[k] : v;
   };
 
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kWarp * 8, 4) pack_kernel(PackArguments p) {
   if (lane_index() != 0) return;
   float half_norm = float(square / 2), scale = 1 / factor;
   if (zero_row || (p.norms && !p.centre)) half_norm = 0.5f;  // a zero row is at 1/2 + 1/2 - 0 from everyone
-  if (p.norms && !p.centre) scale = float(inverse_norm / double(factor));
+  if (p.norms && !p.centre) scale = norm == 0 ? 0.0f : float(1 / (norm * double(factor)));
   if (filling) half_norm = infinity<float>();
   // Also where a float could not hold the distance of two such rows. (Cosine: the norms have told.)
   if (!filling && !p.norms && !(square / 2 < 3.402823466e38 / 8)) atomicOr(&p.flags->not_finite, 1);

@@ -38,6 +38,7 @@ struct PullArguments {
   const void* strengths;
   int64_t own_stride, other_stride;  // of strengths, from one row of either to the next
   int splits;
+  const Flags* flags;
   void* out;  // [splits][own_count][depth]
   bool accumulate;
 };
@@ -46,6 +47,7 @@ template <class S>
 __global__ void __launch_bounds__(kBlockThreads, sizeof(Compute<S>) == 4 ? 2 : 1) pull_kernel(PullArguments p) {
   using T = Compute<S>;
   auto& shared = shared_memory<PullShared<T>>();
+  if (p.flags->not_finite) return;  // no strengths were written
   const int64_t depth = p.own.depth;
   const int64_t row_tiles = (p.own_count + kPullTile - 1) / kPullTile, depth_tiles = (depth + kPullTile - 1) / kPullTile;
   const int64_t tile = blockIdx.x % (row_tiles * depth_tiles), split = blockIdx.x / (row_tiles * depth_tiles);
@@ -111,9 +113,9 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(Compute<S>) == 4 ? 2 : 1
 
 // gradient += the parts of all splits, in their order.
 template <class T>
-__global__ void add_splits_kernel(const T* partial, int splits, int64_t elements, T* gradient) {
+__global__ void add_splits_kernel(const T* partial, int splits, int64_t elements, const Flags* flags, T* gradient) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= elements) return;
+  if (i >= elements || flags->not_finite) return;
   T sum = 0;
   for (int s = 0; s < splits; ++s) sum += partial[s * elements + i];
   gradient[i] += sum;

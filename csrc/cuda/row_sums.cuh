@@ -25,7 +25,7 @@ struct TripletFormula {
   template <class T>
   __device__ __forceinline__ void operator()(const RowSums& total, const LossOutputs& out) const {
     const double scale = reduction_scale(reduction, total.counts[1], total.counts[2]);
-    *static_cast<T*>(out.loss) = T((total.values[0] > 0 ? total.values[0] : 0) * scale);
+    *static_cast<T*>(out.loss) = T((total.values[0] < 0 ? 0 : total.values[0]) * scale);  // NaN stays NaN
     for (int i = 0; i < 3; ++i) out.counts[i] = total.counts[i];
     for (int i = 0; i < 2; ++i) static_cast<T*>(out.means)[i] = T(ratio(total.values[1 + i], total.counts[1]));
     out.scales[0] = out.scales[1] = scale;
