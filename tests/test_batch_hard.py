@@ -249,6 +249,35 @@ def test_selection_within_heaps_that_are_far_apart(dtype, references, distance):
     assert others[anchors, positives].all() and not same[anchors, negatives].any()
 
 
+@by_distance
+@pytest.mark.parametrize("references", [False, True], ids=["self", "references"])
+def test_selection_where_only_some_anchors_lose_their_digits(references, distance):
+    """A class in a heap of its own, so that its positives are close; near copies in other classes, so that
+    negatives are. Both at once for none, and the other rows far from each other."""
+    g = torch.Generator().manual_seed(9)
+    labels = torch.arange(300) // 6
+    labels[250:] = 41  # a large class
+    x = torch.randn(300, 16, generator=g)
+    x[250:] = 9 * torch.randn(16, generator=g) + 1e-3 * torch.randn(50, 16, generator=g)
+    for row, copied in ((3, 100), (101, 40), (240, 5)):
+        x[row] = x[copied] + 1e-4 * torch.randn(16, generator=g)
+    order = torch.randperm(300, generator=g)
+    x, labels = x[order], labels[order]
+    sets = (x, labels, x[:200].clone(), labels[:200]) if references else (x, labels)
+    ref, ref_labels = (x[:200], labels[:200]) if references else (x, labels)
+    exact = reference.distances.pairwise(x.double(), ref.double(), distance)
+    same = labels[:, None] == ref_labels
+    others = same if references else same & ~torch.eye(300, dtype=torch.bool)
+    anchors, positives, negatives = batch_hard_mine(*sets, distance=distance)
+    assert len(anchors) > 250
+    for chosen, best in (
+        (positives, exact.masked_fill(~others, -1).amax(1)),
+        (negatives, exact.masked_fill(same, torch.inf).amin(1)),
+    ):
+        torch.testing.assert_close(exact[anchors, chosen], best[anchors], rtol=1e-4, atol=0)
+    assert others[anchors, positives].all() and not same[anchors, negatives].any()
+
+
 @pytest.mark.parametrize("d", [128, 384, 2048])
 def test_selection_on_a_line(d):
     """Where all terms of a product have one sign, and sums that are cut off fall short by the most they can.

@@ -70,24 +70,33 @@ std::vector<int32_t> sort_descending(const PackedPairs<T>& pairs, PositiveLists<
   return slot;
 }
 
-// Panels on a side of a square. By the shape alone: two blocks of a square and their gradients should stay in L2.
+// Blocks that the panels of one side are cut into, as even as can be.
+struct Blocks {
+  int64_t panels, count;
+
+  int64_t begin(int64_t block) const { return panels * block / count; }
+};
+
+// By the shape alone: two blocks of a square and their gradients should stay in L2, and rounds of 8 squares, or a multiple, share out
+// evenly among 2, 4 or 8 threads.
 template <class T>
-int64_t square_panels(const PackedPairs<T>& pairs) {
-  constexpr int64_t kBlockBytes = 128 * 1024, kFewestBlocks = 16, kMostPanels = 4;
+Blocks blocks_of(const PackedPairs<T>& pairs, int64_t panels) {
+  constexpr int64_t kBlockBytes = 128 * 1024, kMostPanels = 4, kCommonCount = 16;
   const int64_t panel_bytes = pairs.panel_rows * pairs.rows.view.depth * int64_t(sizeof(T));
-  const int64_t panels = std::max(pairs.rows.panels, pairs.columns().panels);
-  return std::clamp<int64_t>(std::min(kBlockBytes / panel_bytes, panels / kFewestBlocks), 1, kMostPanels);
+  const int64_t most = std::clamp<int64_t>(kBlockBytes / panel_bytes, 1, kMostPanels);
+  const int64_t count = (panels + most * kCommonCount - 1) / (most * kCommonCount) * kCommonCount;
+  return {panels, std::min(panels, count)};
 }
 
 // Calls run(tiles, sums) for every square of pairs, with exclusive use of its rows and columns and of its row block's sums. Returns these.
 template <class Sums, class T, class Run>
 std::vector<Sums> over_squares(const PackedPairs<T>& pairs, Run run) {
   const Stage stage("tiles");
-  const int64_t side = square_panels(pairs), row_panels = pairs.rows.panels, column_panels = pairs.columns().panels;
-  const Rounds rounds((row_panels + side - 1) / side, (column_panels + side - 1) / side, pairs.symmetric);
-  std::vector<Sums> sums((row_panels + side - 1) / side);
+  const Blocks rows = blocks_of(pairs, pairs.rows.panels), columns = blocks_of(pairs, pairs.columns().panels);
+  const Rounds rounds(rows.count, columns.count, pairs.symmetric);
+  std::vector<Sums> sums(rows.count);
   rounds.for_each([&](int64_t i, int64_t j) {
-    run(pairs.tiles(i * side, std::min((i + 1) * side, row_panels), j * side, std::min((j + 1) * side, column_panels)), sums[i]);
+    run(pairs.tiles(rows.begin(i), rows.begin(i + 1), columns.begin(j), columns.begin(j + 1)), sums[i]);
   });
   return sums;
 }

@@ -8,6 +8,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <type_traits>  // types only, no code
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -22,6 +24,12 @@ struct VecOf {
 };
 template <class T>
 using Vec = typename VecOf<T>::type;
+
+// Integers as wide as T; what a comparison of Vec<T> gives.
+template <class T>
+using Lanes = decltype(Vec<T>{} < Vec<T>{});
+template <class T>
+using UnsignedLanes = typename VecOf<std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>::type;
 
 template <class T>
 inline constexpr int kLanes = DEEPSIM_VECTOR_BYTES / sizeof(T);
@@ -41,6 +49,22 @@ DEEPSIM_INLINE void store(T* p, Vec<T> v) {
 template <class T>
 DEEPSIM_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // not `Vec<T>{} + x`, which would turn -0 into +0
+}
+
+// int32 numbers to lanes as wide as T, and back.
+template <class T>
+DEEPSIM_INLINE Lanes<T> load_lanes(const int32_t* p) {
+  typedef int32_t Narrow __attribute__((vector_size(4 * kLanes<T>)));
+  Narrow v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, Lanes<T>);
+}
+
+template <class T>
+DEEPSIM_INLINE void store_lanes(int32_t* p, Lanes<T> lanes) {
+  typedef int32_t Narrow __attribute__((vector_size(4 * kLanes<T>)));
+  const Narrow v = __builtin_convertvector(lanes, Narrow);
+  __builtin_memcpy(p, &v, sizeof v);
 }
 
 // bits_le, bits_lt: bit l of the result says whether a[l] <= b[l] (a[l] < b[l]); false where either is NaN.
