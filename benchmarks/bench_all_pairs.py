@@ -20,6 +20,7 @@ from tests.samples import balanced_labels
 from .memory import memory_record
 from .report import Bar
 from .timing import (
+    PRODUCT,
     Contender,
     Inputs,
     Record,
@@ -27,12 +28,13 @@ from .timing import (
     does_not_fit,
     fresh_leaves,
     measure,
+    product,
+    product_contender,
     run_once,
     summary,
 )
 
 NAME = "all_pairs"
-PRODUCT = "torch.mm(X, X.T)"
 D, K, MARGIN, NEG_MARGIN = 128, 8, 0.2, 16.0
 SIZES, QUICK_SIZES = (1024, 4096), (256,)
 NEIGHBORS = (8192, 10)
@@ -119,7 +121,7 @@ def draw(n: int) -> Inputs:
 
 def contenders(loss: str, n: int) -> list[Contender]:
     found = [
-        Contender(PRODUCT, lambda xs, _: torch.mm(xs[0], xs[0].T), differentiable=False, min_runs=9),
+        product_contender(),
         Contender("deepsim_ext", _on_lists(OURS[loss]), min_runs=9),
         Contender("torch eager", _on_lists(EAGER[loss]), skip=does_not_fit(24 * n * n * K)),
     ]
@@ -167,7 +169,7 @@ def neighbors_case(n: int, k: int, seconds: float) -> list[Record]:
     """k nearest neighbours of every row among the others; faiss, which counts a row itself, finds k + 1."""
     torch.manual_seed(0)
     ways = {
-        PRODUCT: lambda x: torch.mm(x, x.T),
+        PRODUCT: product(),
         "deepsim_ext": lambda x: deepsim_ext.nearest_neighbors(x, None, k).indices,
         "torch eager": lambda x: torch.cdist(x, x).fill_diagonal_(torch.inf).topk(k, largest=False).indices,
     }

@@ -20,6 +20,7 @@ from . import baselines
 from .memory import memory_record
 from .report import Bar
 from .timing import (
+    PRODUCT,
     Contender,
     Inputs,
     Record,
@@ -27,11 +28,11 @@ from .timing import (
     does_not_fit,
     fresh_leaves,
     measure,
+    product_contender,
     run_once,
 )
 
 NAME = "batch_hard"
-PRODUCT = "torch.mm(X, X.T)"
 CASES = [(n, d, torch.float32) for d in (128, 512) for n in (256, 1024, 4096, 8192, 16384)]
 CASES += [(4096, 128, torch.bfloat16), (4096, 128, torch.float16), (4096, 128, torch.float64)]
 # From here on a step of the rivals that hold N x N matrices takes ten seconds.
@@ -71,7 +72,7 @@ def contenders(n: int, dtype: torch.dtype, skip_compile: str = "") -> list[Conte
     compiled = torch.compile(baselines.batch_hard_eager, dynamic=False)
     matrices = slow or does_not_fit(6 * dtype.itemsize * n * n)
     return [
-        Contender(PRODUCT, lambda xs, _: torch.mm(xs[0], xs[0].T), differentiable=False, min_runs=9),
+        product_contender(),
         Contender("deepsim_ext", _on_lists(deepsim_ext.batch_hard_triplet_loss), min_runs=9),
         Contender("torch eager", _on_lists(baselines.batch_hard_eager), min_runs=9, skip=matrices),
         Contender("torch.compile", _on_lists(compiled), skip=skip_compile or matrices),

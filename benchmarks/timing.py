@@ -49,6 +49,28 @@ class Contender:
     skip: str = ""
 
 
+PRODUCT = "torch.mm(X, X.T)"
+
+
+def product() -> Callable[[Tensor], Tensor]:
+    """The yardstick, into the output of the call before: page faults of a fresh one cost as much again, or
+    nothing, as the allocator's past has it.
+    """
+    kept = []
+
+    def run(x: Tensor) -> Tensor:
+        if not kept:
+            kept.append(torch.mm(x, x.T))
+        return torch.mm(x, x.T, out=kept[0])
+
+    return run
+
+
+def product_contender() -> Contender:
+    run = product()
+    return Contender(PRODUCT, lambda xs, _: run(xs[0].detach()), differentiable=False, min_runs=9)
+
+
 def does_not_fit(required: float) -> str:
     """The reason to skip a contender that needs about `required` bytes, empty if they are available."""
     meminfo = Path("/proc/meminfo")

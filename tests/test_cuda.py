@@ -157,7 +157,9 @@ def test_losses_of_all_pairs_of_large_batches(name, dtype):
     assert torch.cuda.max_memory_allocated() - before <= 3 * x.numel() * 4 + 64 * 2**20
     exact, exact_grad = step(x.detach().double().requires_grad_(), labels, loss)
     torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=0)
-    tolerance = 0.02 if name in ("semi_hard", "mining_strategies") else 1e-4 if dtype is torch.float32 else 5e-3
+    tolerance = (
+        0.02 if name in ("semi_hard", "mining_strategies") else 1e-4 if dtype is torch.float32 else 5e-3
+    )
     assert (grad.double() - exact_grad).norm() <= tolerance * exact_grad.norm()
     assert all(torch.equal(a, b) for a, b in zip(step(x, labels, loss), (value, grad), strict=True))
 

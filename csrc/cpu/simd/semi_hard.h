@@ -6,7 +6,6 @@
 #pragma once
 
 #include "batch_all.h"
-#include "transpose.h"
 
 namespace deepsim::cpu::DEEPSIM_CAPABILITY {
 
@@ -95,7 +94,7 @@ void semi_hard(const SemiHardBlock<T>& b) {
     if (mixed) mask_positives(b.tiles, row, column, tile, kFar<T>);
     if (both) offer(b.columns, column / NR, tile, b.tiles.rows.original + row);
     alignas(64) T transposed[NR * NR];
-    pack_panel<T, T>([&](int64_t r) { return tile + r * NR; }, NR, NR, transposed, [](int64_t, int64_t, auto v) { return v; });
+    transpose_tile(tile, transposed);
     offer(b.rows, row / NR, transposed, b.tiles.columns.original + column);
   });
 }
