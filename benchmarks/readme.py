@@ -34,13 +34,18 @@ ALL_PAIRS_RIVALS = ["torch eager", "pytorch-metric-learning", "sentence-transfor
 STYLE_RIVALS = ["torch eager", "torch.compile", "one-GEMM Function"]
 
 
+def _where(result: dict[str, Any]) -> str:
+    where = result["environment"]
+    return (
+        f"{where['cpu']}, {where['threads']} threads, {where['cpu_kernels']} kernels, torch {where['torch']}"
+    )
+
+
 def section(result: dict[str, Any]) -> str:
     """Two Markdown tables and a line that says where they were measured."""
-    where = result["environment"]
     return "\n".join(
         [
-            f"Forward + backward, float32, {where['cpu']}, {where['threads']} threads,"
-            f" torch {where['torch']}. Medians of interleaved runs in one process. *mm* is one"
+            f"Forward + backward, float32, {_where(result)}. Medians of interleaved runs in one process. *mm* is one"
             " `torch.mm(X, X.T)`, for the style loss the products `F @ F.T` of all layers. *× faster* is"
             " against each rival. *MiB* is the peak beyond the input, gradient included.",
             "",
@@ -55,7 +60,7 @@ def section(result: dict[str, Any]) -> str:
 
 
 def all_pairs_section(result: dict[str, Any]) -> str:
-    """A Markdown table of the losses, and a line about nearest neighbours."""
+    """A line that says where it was measured, a Markdown table of the losses, a line about nearest neighbours."""
     n, k = bench_all_pairs.NEIGHBORS
     case = f"nearest_neighbors N={n} D={bench_all_pairs.D} k={k}"
     times = {r["contender"]: r for r in result["records"] if r["case"] == case and r["kind"] == "time"}
@@ -63,6 +68,8 @@ def all_pairs_section(result: dict[str, Any]) -> str:
     faiss = times["faiss IndexFlatL2"]["p50_ms"] / ours["p50_ms"]
     return "\n".join(
         [
+            f"Forward + backward, float32, {_where(result)}:",
+            "",
             *_table(result["records"], "all_pairs", ALL_PAIRS_CASES, ALL_PAIRS_RIVALS),
             "",
             f"The {k} nearest neighbours of each of {n} rows among the others, D={bench_all_pairs.D}:"
