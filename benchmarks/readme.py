@@ -45,8 +45,8 @@ def section(result: dict[str, Any]) -> str:
     """Two Markdown tables and a line that says where they were measured."""
     return "\n".join(
         [
-            f"Forward + backward, float32, {_where(result)}. Medians of interleaved runs in one process. *mm* is one"
-            " `torch.mm(X, X.T)`, for the style loss the products `F @ F.T` of all layers. *× faster* is"
+            f"Forward + backward, float32, {_where(result)}. Medians of interleaved runs in one process."
+            " *mm* is one `torch.mm(X, X.T)`, for the style loss the products `F @ F.T` of all layers. *× faster* is"
             " against each rival. *MiB* is the peak beyond the input, gradient included.",
             "",
             *_table(result["records"], "batch_hard", BATCH_HARD_CASES, BATCH_HARD_RIVALS),
@@ -60,7 +60,7 @@ def section(result: dict[str, Any]) -> str:
 
 
 def all_pairs_section(result: dict[str, Any]) -> str:
-    """A line that says where it was measured, a Markdown table of the losses, a line about nearest neighbours."""
+    """A line that says where it was measured, a table of the losses, a line about nearest neighbours."""
     n, k = bench_all_pairs.NEIGHBORS
     case = f"nearest_neighbors N={n} D={bench_all_pairs.D} k={k}"
     times = {r["contender"]: r for r in result["records"] if r["case"] == case and r["kind"] == "time"}
