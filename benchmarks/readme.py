@@ -46,8 +46,8 @@ def section(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"Forward + backward, float32, {_where(result)}. Medians of interleaved runs in one process."
-            " *mm* is one `torch.mm(X, X.T)`, for the style loss the products `F @ F.T` of all layers. *× faster* is"
-            " against each rival. *MiB* is the peak beyond the input, gradient included.",
+            " *mm* is one `torch.mm(X, X.T)`, for the style loss the products `F @ F.T` of all layers."
+            " *× faster* is against each rival. *MiB* is the peak beyond the input, gradient included.",
             "",
             *_table(result["records"], "batch_hard", BATCH_HARD_CASES, BATCH_HARD_RIVALS),
             "",
