@@ -16,6 +16,7 @@ except ImportError as error:
 
 from . import functional, nn, reference
 from .functional import *  # noqa: F403
+from .presets import StylePreset, style_preset
 from .results import ContrastiveResult, NearestNeighbors, TripletLossResult
 
 __version__ = "0.1.0"
@@ -23,11 +24,13 @@ __version__ = "0.1.0"
 __all__ = [
     "ContrastiveResult",
     "NearestNeighbors",
+    "StylePreset",
     "TripletLossResult",
     "__version__",
     "build_info",
     "functional",
     "nn",
     "reference",
+    "style_preset",
     *functional.__all__,
 ]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import _checks
 from ._autograd import differentiable
+from .reference.style import root
 
 
 def gram_matrix(features: Tensor, *, normalize: str | float = "chw") -> Tensor:
@@ -60,7 +61,8 @@ def style_loss(
         normalize: as in `gram_matrix`.
         reduction: within a layer, "mean" (times 1 / (B C^2)), "sum" (times 1) or "gatys" (times
             1 / (4 C^2 N^2)); sums run over B too.
-        distance: "l2" for squared, "l1" for absolute differences.
+        distance: "l2" for squared, "l1" for absolute differences, "frobenius" for the root of the sum of
+            squares over all samples of a layer (with reduction="sum"; its gradient is 0 at 0).
 
     Returns:
         Scalar; float32, or float64 for float64 input. Differentiable in `features` and `target`, to any
@@ -79,11 +81,11 @@ def style_loss(
         reduction=reduction,
         distance=distance,
     )
-    options = (*_normalization(normalize), reduction, distance)
-    losses = [
-        layer.weight * _style(layer.features.flatten(start_dim=2), layer.target, *options)[0]
-        for layer in layers
-    ]
+    options = (*_normalization(normalize), reduction, "l1" if distance == "l1" else "l2")
+    losses = []
+    for layer in layers:
+        loss = _style(layer.features.flatten(start_dim=2), layer.target, *options)[0]
+        losses.append(layer.weight * (root(loss) if distance == "frobenius" else loss))
     return sum(losses[1:], losses[0])
 
 

@@ -429,7 +429,7 @@ CASES = [
     *feature_maps("style_loss", (T,)),
     *normalizations("style_loss", (F, T)),
     *names("style_loss", (F, T), "reduction", '"mean", "sum", "gatys"'),
-    *names("style_loss", (F, T), "distance", '"l2", "l1"'),
+    *names("style_loss", (F, T), "distance", '"l2", "l1", "frobenius"'),
     *style_targets(),
     *layer_sequences("style_loss", F, T),
     *layer_weights("style_loss", (F, T), ([F, F], [T, T])),

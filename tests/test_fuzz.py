@@ -318,7 +318,7 @@ def style(d: Draw) -> Call:
     options = {
         "normalize": normalization(d),
         "reduction": d.name("mean", "sum", "gatys"),
-        "distance": d.name("l2", "l1"),
+        "distance": d.name("l2", "l1", "frobenius"),
     }
     call = with_backward(lambda: deepsim_ext.style_loss(features, targets, weights=weights, **options))
     return call, lambda result: is_tensor(result, ())

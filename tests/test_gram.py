@@ -13,6 +13,9 @@ from .samples import DTYPES, style_samples
 ops = torch.ops.deepsim_ext
 
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+# What is made of the difference of two Gram matrices.
+DIFFERENCES = [(r, d) for r in ("mean", "sum", "gatys") for d in ("l2", "l1")] + [("sum", "frobenius")]
+by_difference = pytest.mark.parametrize(("reduction", "distance"), DIFFERENCES)
 NORMALIZATIONS = ("none", "hw", "chw", "bchw", 37.5)
 
 # Against float64 on the same values. A half gradient is rounded to its dtype, that of the target is not.
@@ -49,8 +52,7 @@ def test_gram_matrix_and_its_gradient_match_the_reference(dtype, normalize):
 
 
 @by_dtype
-@pytest.mark.parametrize("distance", ["l2", "l1"])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "gatys"])
+@by_difference
 def test_style_loss_and_its_gradients_match_the_reference(dtype, distance, reduction):
     for i, sample in enumerate(style_samples(dtype)):
         ours = sample.fresh(requires_grad=True)
@@ -68,6 +70,18 @@ def test_style_loss_and_its_gradients_match_the_reference(dtype, distance, reduc
             assert_close(g, e * scale, max(TOLERANCE[x.dtype], 1e-5 if got.dtype == torch.float32 else 0))
 
 
+def test_frobenius_of_no_difference():
+    for features in (torch.randn(2, 5, 4, 4), torch.zeros(1, 3, 2, 2)):
+        features.requires_grad_()
+        target = gram_matrix(features.detach())
+        loss = style_loss(features, target, reduction="sum", distance="frobenius")
+        loss.backward()
+        assert loss.item() == 0 and not features.grad.any()
+        bad = target.clone()
+        bad[0, 0, 0] = torch.nan
+        assert style_loss(features, bad, reduction="sum", distance="frobenius").isnan()
+
+
 def test_layers_add_up_by_their_weights():
     samples = [s for s in style_samples() if s.name in ("picture-each", "ragged-shared", "volume-one")]
     features, targets = [s.tensors[0] for s in samples], [s.tensors[1] for s in samples]
@@ -81,8 +95,7 @@ def test_layers_add_up_by_their_weights():
     )
 
 
-@pytest.mark.parametrize("distance", ["l2", "l1"])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "gatys"])
+@by_difference
 def test_gradcheck_on_the_compiled_op(distance, reduction):
     for sample in style_samples(small=True):
 

@@ -193,7 +193,7 @@ at::Tensor finish_gradient(const Kernels<T>& kernels, const at::Tensor& x, const
   const auto data = [](const std::vector<double>& scale) { return scale.empty() ? nullptr : scale.data(); };
   at::Tensor grad = at::empty({x.size(0), x.size(1)}, x.options().dtype(c10::CppTypeToScalarType<T>::value));
   T* out = grad.template mutable_data_ptr<T>();
-  const PairGradient<T> g{rows_of(x),           rows_of(others), data(row_scale),   data(other_scale),    points.original.data(), gathered, factor,
+  const PairGradient<T> g{rows_of(x), rows_of(others), data(row_scale), data(other_scale), points.original.data(), gathered, factor,
                           lists.begin.data(), lists.other.data(), lists.distance.data(), lists.weight.data(), distance};
   at::parallel_for(0, points.count, row_grain(x.size(1)),
                    [&](int64_t begin, int64_t end) { kernels.pair_gradient(g, begin, end, out); });

@@ -21,7 +21,7 @@ from .texts import describe, error, one_of
 
 LAYER_REDUCTIONS = ("mean", "sum", "gatys")
 GRAM_NORMALIZATIONS = ("none", "hw", "chw", "bchw")
-GRAM_DISTANCES = ("l2", "l1")
+GRAM_DISTANCES = ("l2", "l1", "frobenius")
 
 
 class StyleLayer(NamedTuple):
@@ -76,6 +76,9 @@ def style_options(
     gram_normalization(function, normalize)
     choice(function, "reduction", reduction, LAYER_REDUCTIONS)
     choice(function, "distance", distance, GRAM_DISTANCES)
+    if distance == "frobenius" and reduction != "sum":
+        expected = '"sum" where distance="frobenius"'
+        raise error(ValueError, function, "reduction", expected, describe(reduction))
 
 
 def content(

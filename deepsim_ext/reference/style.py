@@ -55,7 +55,8 @@ def style_loss(
         normalize: as in `gram_matrix`.
         reduction: within a layer, "mean" (times 1 / (B C^2)), "sum" (times 1) or "gatys" (times
             1 / (4 C^2 N^2)); sums run over B too.
-        distance: "l2" for squared, "l1" for absolute differences.
+        distance: "l2" for squared, "l1" for absolute differences, "frobenius" for the root of the sum of
+            squares over all samples of a layer (with reduction="sum"; its gradient is 0 at 0).
 
     Returns:
         Scalar; float32, or float64 for float64 input. Differentiable in `features` and `target`.
@@ -79,9 +80,16 @@ def style_loss(
         n = layer.features.shape[2:].numel()
         factor = {"mean": 1 / (b * c * c), "sum": 1.0, "gatys": 1 / (4 * c * c * n * n)}[reduction]
         difference = _gram(layer.features, normalize) - layer.target
-        distances = difference.square() if distance == "l2" else difference.abs()
-        total = total + layer.weight * factor * distances.sum()
+        distances = difference.abs() if distance == "l1" else difference.square()
+        loss = factor * distances.sum()
+        total = total + layer.weight * (root(loss) if distance == "frobenius" else loss)
     return total
+
+
+def root(x: Tensor) -> Tensor:
+    """The square root, with a gradient of 0 at 0."""
+    zero = x == 0
+    return x.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
 
 
 def _gram(features: Tensor, normalize: str | float) -> Tensor:
