@@ -106,7 +106,7 @@ _NEURAL_STYLE = StylePreset(
 
 
 def _basicsr(reduction: str, distance: str) -> StylePreset:
-    # Which layers and weights is left to its users; these are those of its documentation's example.
+    # Which layers and weights is left to its users; these are a choice made here.
     return StylePreset(
         network="vgg19",
         style_layers=_layers("conv", "1_2", "2_2", "3_4", "4_4", "5_4"),
