@@ -131,6 +131,7 @@ MODULES = {
     "ContrastiveLoss": "contrastive_loss",
     "GramMatrix": "gram_matrix",
     "StyleLoss": "style_loss",
+    "TotalVariationLoss": "total_variation_loss",
 }
 
 
@@ -158,10 +159,13 @@ def test_compiled_function_and_reference_have_one_signature(name):
 
 @pytest.mark.parametrize(("module", "function"), MODULES.items())
 def test_modules_take_the_options_of_their_function(module, function):
-    """Tensors positional in forward, options by keyword at construction, with the function's defaults."""
+    """Tensors positional in forward, options by keyword at construction, with the function's defaults.
+
+    A mask is a tensor, by keyword in both.
+    """
     parameters = inspect.signature(getattr(functional, function)).parameters.values()
-    options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    tensors = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "mask"}
+    tensors = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD or p.name == "mask"]
     made = inspect.signature(getattr(nn, module)).parameters.values()
     assert {p.name: p.default for p in made} == options
     assert all(p.kind is p.KEYWORD_ONLY for p in made)

@@ -11,7 +11,7 @@ from .embeddings import (
     TripletMarginLoss,
 )
 from .memory import CrossBatchMemory
-from .style import ContentLoss, GramMatrix, StyleLoss
+from .style import ContentLoss, GramMatrix, StyleLoss, TotalVariationLoss
 
 __all__ = [
     "BatchAllTripletLoss",
@@ -23,5 +23,6 @@ __all__ = [
     "CrossBatchMemory",
     "GramMatrix",
     "StyleLoss",
+    "TotalVariationLoss",
     "TripletMarginLoss",
 ]

@@ -17,9 +17,9 @@ class GramMatrix(Options):
         super().__init__(normalize=normalize)
         _checks.gram_normalization(type(self).__name__, normalize)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """features [B, C, *spatial] to [B, C, C]."""
-        return functional.gram_matrix(features, **self.options)
+    def forward(self, features: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """features [B, C, *spatial] to [B, C, C]; mask [*spatial], [1, *spatial] or [B, *spatial]."""
+        return functional.gram_matrix(features, mask=mask, **self.options)
 
 
 class StyleLoss(Options):
@@ -36,9 +36,18 @@ class StyleLoss(Options):
         super().__init__(weights=weights, normalize=normalize, reduction=reduction, distance=distance)
         _checks.style_options(type(self).__name__, **self.options)
 
-    def forward(self, features: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor]) -> Tensor:
-        """features [B, C, *spatial] and Gram matrices [C, C], [1, C, C] or [B, C, C], per layer; a scalar."""
-        return functional.style_loss(features, target, **self.options)
+    def forward(
+        self,
+        features: Tensor | Sequence[Tensor],
+        target: Tensor | Sequence[Tensor],
+        *,
+        mask: Tensor | Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
+        """features [B, C, *spatial] and Gram matrices [C, C], [1, C, C] or [B, C, C], per layer; a scalar.
+
+        mask [*spatial], [1, *spatial] or [B, *spatial], per layer.
+        """
+        return functional.style_loss(features, target, mask=mask, **self.options)
 
 
 class ContentLoss(Options):
@@ -51,3 +60,15 @@ class ContentLoss(Options):
     def forward(self, features: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor]) -> Tensor:
         """features and target of one shape, per layer; a scalar."""
         return functional.content_loss(features, target, **self.options)
+
+
+class TotalVariationLoss(Options):
+    """`functional.total_variation_loss` as a module; same options, checked at construction."""
+
+    def __init__(self, *, distance: str = "l2", reduction: str = "mean") -> None:
+        super().__init__(distance=distance, reduction=reduction)
+        _checks.total_variation_options(type(self).__name__, **self.options)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image [B, C, *spatial]; a scalar."""
+        return functional.total_variation_loss(image, **self.options)
