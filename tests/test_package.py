@@ -137,7 +137,7 @@ MODULES = {
 
 def test_functions_and_reference_agree_on_names():
     assert sorted(reference.__all__) == FUNCTIONS
-    assert sorted(nn.__all__) == sorted([*MODULES, "CrossBatchMemory"])
+    assert sorted(nn.__all__) == sorted([*MODULES, "CrossBatchMemory", "StyleTransferLoss"])
 
 
 def test_everything_is_found_at_top_level():
@@ -187,10 +187,10 @@ def test_every_function_documents_arguments_result_errors_and_source(name):
     assert inspect.getdoc(getattr(reference, name))
 
 
-RESULTS = ["ContrastiveResult", "NearestNeighbors", "TripletLossResult"]
+RESULTS = ["ContrastiveResult", "NearestNeighbors", "StyleTransferResult", "TripletLossResult"]
 
 
-@pytest.mark.parametrize("name", [*MODULES, *RESULTS, "CrossBatchMemory", "build_info"])
+@pytest.mark.parametrize("name", [*MODULES, *RESULTS, "CrossBatchMemory", "StyleTransferLoss", "build_info"])
 def test_every_other_public_name_has_a_docstring(name):
     assert inspect.getdoc(getattr(nn, name, None) or getattr(deepsim_ext, name))
 

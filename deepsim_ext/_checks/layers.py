@@ -152,18 +152,20 @@ def gram_normalization(function: str, value: str | float) -> None:
         raise error(ValueError, function, "normalize", expected, describe(value))
 
 
-def layer_weights(function: str, value: list[float] | tuple[float, ...] | None) -> None:
+def layer_weights(
+    function: str, value: list[float] | tuple[float, ...] | None, argument: str = "weights"
+) -> None:
     """None, or finite numbers, one per layer; `style` and `content` check how many."""
     if value is None:
         return
     if not isinstance(value, list | tuple):
         expected = "None or a list or tuple of finite numbers"
-        raise error(TypeError, function, "weights", expected, describe(value))
+        raise error(TypeError, function, argument, expected, describe(value))
     for i, weight in enumerate(value):
         if not is_number(weight):
-            raise error(TypeError, function, f"weights[{i}]", "a finite number", describe(weight))
+            raise error(TypeError, function, f"{argument}[{i}]", "a finite number", describe(weight))
         if not -math.inf < to_float(weight) < math.inf:
-            raise error(ValueError, function, f"weights[{i}]", "a finite number", describe(weight))
+            raise error(ValueError, function, f"{argument}[{i}]", "a finite number", describe(weight))
 
 
 def check_features(function: str, argument: str, x: Any) -> None:

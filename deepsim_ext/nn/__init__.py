@@ -12,6 +12,7 @@ from .embeddings import (
 )
 from .memory import CrossBatchMemory
 from .style import ContentLoss, GramMatrix, StyleLoss, TotalVariationLoss
+from .style_transfer import StyleTransferLoss
 
 __all__ = [
     "BatchAllTripletLoss",
@@ -23,6 +24,7 @@ __all__ = [
     "CrossBatchMemory",
     "GramMatrix",
     "StyleLoss",
+    "StyleTransferLoss",
     "TotalVariationLoss",
     "TripletMarginLoss",
 ]
