@@ -138,11 +138,12 @@ def layer_tensors(function: str, argument: str, features: Any, layers: tuple[str
 
 
 def picture_mask(function: str, argument: str, mask: Any, spatial_dims: int, batch: int | None) -> Tensor:
-    """A mask at the resolution of a picture, as [B or 1, *spatial]; `batch` None: of any number of samples."""
-    shapes = (
-        f"[*spatial], [1, *spatial] or [B, *spatial] with {spatial_dims} spatial dimensions, none of size 0"
+    """A mask at the resolution of a picture, as [B or 1, *spatial]; without `batch` B is any number."""
+    of_batch = "" if batch is None else f"B={batch}, "
+    expected = (
+        f"{FLOAT_NAMES} or bool of shape [*spatial], [1, *spatial] or [B, *spatial]"
+        f" with {of_batch}{spatial_dims} spatial dimensions, none of size 0"
     )
-    expected = f"{FLOAT_NAMES} or bool of shape {shapes}" + ("" if batch is None else f", B={batch}")
     if (
         not is_dense(mask, MASK_DTYPES)
         or mask.ndim not in (spatial_dims, spatial_dims + 1)
