@@ -54,15 +54,15 @@ def style_transfer_options(
         if weights is not None and len(weights) != len(layers):
             expected = f"one number per layer of {kind}_layers ({len(layers)})"
             raise error(ValueError, function, f"{kind}_layer_weights", expected, str(len(weights)))
-    if not style_layers and not content_layers:
-        expected = "at least one name where content_layers has none"
-        raise error(ValueError, function, "style_layers", expected, "an empty sequence")
     for name, value in (
         ("style_weight", style_weight),
         ("content_weight", content_weight),
         ("tv_weight", tv_weight),
     ):
         margin_value(function, name, value)
+    if not (style_layers and style_weight or content_layers and content_weight or tv_weight):
+        expected = "at least one with a weight > 0 and a layer"
+        raise error(ValueError, function, "the terms", expected, "none")
     style_options(function, weights=None, normalize=normalize, reduction=reduction, distance=distance)
     choice(function, "content_reduction", content_reduction, LAYER_REDUCTIONS)
     choice(function, "tv_distance", tv_distance, VARIATION_DISTANCES)
@@ -97,9 +97,9 @@ def style_pictures(
     for (name, picture), (mask_name, mask), weight in zip(pictures, masks, weights, strict=True):
         batch = layer_tensors(function, name, picture, layers)
         if mask is not None:
-            first = picture[layers[0]]
-            mask = picture_mask(function, mask_name, mask, first.ndim - 2, batch)
-            check_device(function, mask_name, mask, f'{name}["{layers[0]}"]', first)
+            mask = picture_mask(
+                function, mask_name, mask, f'{name}["{layers[0]}"]', picture[layers[0]], batch
+            )
         for layer in layers:
             first = checked[0].features[layer] if checked else picture[layer]
             expected = None
@@ -137,21 +137,25 @@ def layer_tensors(function: str, argument: str, features: Any, layers: tuple[str
     return 1 if first is None else first.shape[0]
 
 
-def picture_mask(function: str, argument: str, mask: Any, spatial_dims: int, batch: int | None) -> Tensor:
+def picture_mask(
+    function: str, argument: str, mask: Any, features_argument: str, features: Tensor, batch: int | None
+) -> Tensor:
     """A mask at the resolution of a picture, as [B or 1, *spatial]; without `batch` B is any number."""
+    dims = features.ndim - 2
     of_batch = "" if batch is None else f"B={batch}, "
     expected = (
         f"{FLOAT_NAMES} or bool of shape [*spatial], [1, *spatial] or [B, *spatial]"
-        f" with {of_batch}{spatial_dims} spatial dimensions, none of size 0"
+        f" with {of_batch}{dims} spatial dimensions, none of size 0"
     )
     if (
         not is_dense(mask, MASK_DTYPES)
-        or mask.ndim not in (spatial_dims, spatial_dims + 1)
+        or mask.ndim not in (dims, dims + 1)
         or mask.numel() == 0
-        or (mask.ndim > spatial_dims and batch is not None and mask.shape[0] not in (1, batch))
+        or (mask.ndim > dims and batch is not None and mask.shape[0] not in (1, batch))
     ):
         raise tensor_error(function, argument, expected, mask, MASK_DTYPES)
-    return mask if mask.ndim > spatial_dims else mask[None]
+    check_device(function, argument, mask, features_argument, features)
+    return mask if mask.ndim > dims else mask[None]
 
 
 def meets_style(
