@@ -619,10 +619,12 @@ ERRORS = [
     (style(but("block.2", z(1, 4, 6, 8, device="meta"))), ValueError, '.set_style: features["block.2"] must '
      'be on cpu, where features["conv1"] is, got float32 [1, 4, 6, 8] on meta'),
     (style([F, but("block.2", z(1, 5, 6, 8))]), ValueError, '.set_style: features[1]["block.2"] must be of '
-     "4 channels, as that of features[0] is, got float32 [1, 5, 6, 8]"),
-    (style([PAIR, {n: z(3, *f.shape[1:]) for n, f in F.items()}]), ValueError,
-     '.set_style: features[1]["conv1"] must be of 1 or 2 samples, as that of features[0] is, '
+     '4 channels, as features[0]["block.2"] is, got float32 [1, 5, 6, 8]'),
+    (style([F, PAIR, {n: z(3, *f.shape[1:]) for n, f in F.items()}]), ValueError,
+     '.set_style: features[2]["conv1"] must be of 1 or 2 samples, as pictures before it are, '
      "got float32 [3, 3, 12, 16]"),
+    (style([F, {n: f.to("meta") for n, f in F.items()}]), ValueError, '.set_style: features[1]["conv1"] must '
+     'be on cpu, where features[0]["conv1"] is, got float32 [1, 3, 12, 16] on meta'),
     (style([F, F], blend_weights=[1]), ValueError,
      ".set_style: blend_weights must be one number per picture of features (2), got 1"),
     (style([F, F], blend_weights=0.5), TypeError,

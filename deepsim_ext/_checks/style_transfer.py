@@ -94,23 +94,24 @@ def style_pictures(
         masks = [(f"style_masks[{i}]", mask) for i, mask in enumerate(style_masks)]
     weights = _blend(function, blend_weights, len(pictures))
     checked: list[StylePicture] = []
+    samples = 1
     for (name, picture), (mask_name, mask), weight in zip(pictures, masks, weights, strict=True):
         batch = layer_tensors(function, name, picture, layers)
         if mask is not None:
-            mask = picture_mask(
-                function, mask_name, mask, f'{name}["{layers[0]}"]', picture[layers[0]], batch
-            )
-        for layer in layers:
-            first = checked[0].features[layer] if checked else picture[layer]
-            expected = None
-            if picture[layer].shape[1] != first.shape[1]:
-                expected = f"of {first.shape[1]} channels, as that of {pictures[0][0]} is"
-            elif 1 not in (batch, first.shape[0]) and batch != first.shape[0]:
-                expected = f"of 1 or {first.shape[0]} samples, as that of {pictures[0][0]} is"
-            if expected:
-                raise error(ValueError, function, f'{name}["{layer}"]', expected, describe(picture[layer]))
-            check_device(function, f'{name}["{layer}"]', picture[layer], pictures[0][0], first)
+            first = picture[layers[0]]
+            mask = picture_mask(function, mask_name, mask, f'{name}["{layers[0]}"]', first, batch)
+        for layer in layers if checked else ():
+            layer_name, first_name = f'{name}["{layer}"]', f'features[0]["{layer}"]'
+            x, first = picture[layer], checked[0].features[layer]
+            if x.shape[1] != first.shape[1]:
+                expected = f"of {first.shape[1]} channels, as {first_name} is"
+                raise error(ValueError, function, layer_name, expected, describe(x))
+            if batch not in (1, samples) and samples > 1:
+                expected = f"of 1 or {samples} samples, as pictures before it are"
+                raise error(ValueError, function, layer_name, expected, describe(x))
+            check_device(function, layer_name, x, first_name, first)
         checked.append(StylePicture(picture, weight, mask))
+        samples = max(samples, batch)
     return checked
 
 
