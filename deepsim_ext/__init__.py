@@ -17,7 +17,7 @@ except ImportError as error:
 from . import functional, nn, reference
 from .functional import *  # noqa: F403
 from .presets import StylePreset, style_preset
-from .results import ContrastiveResult, NearestNeighbors, TripletLossResult
+from .results import ContrastiveResult, NearestNeighbors, StyleTransferResult, TripletLossResult
 
 __version__ = "0.1.0"
 
@@ -25,6 +25,7 @@ __all__ = [
     "ContrastiveResult",
     "NearestNeighbors",
     "StylePreset",
+    "StyleTransferResult",
     "TripletLossResult",
     "__version__",
     "build_info",
