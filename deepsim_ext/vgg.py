@@ -153,14 +153,18 @@ class VGG19Features(nn.Module):
             TypeError: `images` is no such tensor.
             ValueError: another shape or device, or fewer rows or columns than the layers need.
         """
-        self._check(images)
-        x = (images.to(self.mean.dtype) - self.mean) / self.deviation
+        x = self.normalized(images)
         features = {}
         for name in self._order:
             x = self.get_submodule(name)(x)
             if name in self.layers:
                 features[name] = x
         return {name: features[name] for name in self.layers}
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """What the first convolution gets, in RGB order; the total variation of a preset is of this."""
+        self._check(images)
+        return (images.to(self.mean.dtype) - self.mean) / self.deviation
 
     def train(self, mode: bool = True) -> VGG19Features:
         """Nothing here depends on it: always in eval mode."""
