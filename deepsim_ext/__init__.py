@@ -16,6 +16,7 @@ except ImportError as error:
 
 from . import functional, nn, reference
 from .functional import *  # noqa: F403
+from .gram_accumulator import GramAccumulator
 from .presets import StylePreset, style_preset
 from .results import ContrastiveResult, NearestNeighbors, StyleTransferResult, TripletLossResult
 
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ContrastiveResult",
+    "GramAccumulator",
     "NearestNeighbors",
     "StylePreset",
     "StyleTransferResult",

@@ -113,6 +113,9 @@ class StyleTransferLoss(nn.Module):
             "reduction": preset.reduction,
             "distance": preset.distance,
             "content_reduction": preset.content_reduction,
+            "tv_weight": preset.tv_weight,
+            "tv_distance": preset.tv_distance,
+            "tv_reduction": preset.tv_reduction,
             **overrides,
         }
         options.setdefault("style_layer_weights", [preset.layer_weight] * len(options["style_layers"]))
