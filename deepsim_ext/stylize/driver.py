@@ -27,6 +27,7 @@ from .pictures import (
     with_luminance,
 )
 
+STARTS = ("content", "noise")
 NOISE = 0.1  # deviation of the noise to start from, around grey
 HISTORY = 10  # pairs of steps and gradients that L-BFGS keeps
 # Whatever the preset's units are, the sum of the absolute values of a scale's first gradient is this.
@@ -130,7 +131,7 @@ def transfer_of(
         None if content is None else as_picture(content, "content"),
         [as_picture(style, f"styles[{i}]") for i, style in enumerate(styles)],
         options,
-        start=start if start in ("content", "noise") else as_picture(start, "start"),
+        start=start if isinstance(start, str) and start in STARTS else as_picture(start, "start"),
         **{
             name: given and [as_mask(mask, f"{name}[{i}]") for i, mask in enumerate(given)]
             for name, given in masks.items()
