@@ -114,14 +114,11 @@ def _converted(image: Image.Image, name: str | Path, background: float) -> Tenso
         return torch.from_numpy(grey.astype(np.float32) / 65535).expand(3, *grey.shape).contiguous()
     if image.mode == "F":
         raise ValueError(f"{name}: expected 8 or 16 bits, got floating point, whose range no file says")
-    try:
-        if image.has_transparency_data or image.mode in ("La", "RGBa"):
-            straight = image.convert("LA") if image.mode == "La" else image
-            rgba = to_tensor(np.asarray(straight.convert("RGBA")))
-            return rgba[:3] * rgba[3:] + background * (1 - rgba[3:])
-        return to_tensor(np.asarray(image.convert("RGB")))
-    except ValueError as problem:
-        raise ValueError(f"{name}: {problem}") from None
+    if image.has_transparency_data or image.mode in ("La", "RGBa"):
+        straight = image.convert("LA") if image.mode == "La" else image
+        rgba = to_tensor(np.asarray(straight.convert("RGBA")))
+        return rgba[:3] * rgba[3:] + background * (1 - rgba[3:])
+    return to_tensor(np.asarray(image.convert("RGB")))
 
 
 def _first_line(problem: object) -> str:
@@ -209,8 +206,8 @@ def matched_luminance(style: Tensor, content: Tensor) -> Tensor:
     section 4.
     """
     s, c = luminance(style), luminance(content)
-    spread = s.std(correction=0)
-    scale = c.std(correction=0) / spread if spread > 0 else 0.0
+    # A contrast of less than one level of 255 is rounding; it is not blown up.
+    scale = c.std(correction=0) / s.std(correction=0).clamp_min(1 / 255)
     return (s - s.mean()) * scale + c.mean()
 
 
