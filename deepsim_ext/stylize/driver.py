@@ -15,6 +15,7 @@ from torch import Tensor
 from .._checks.texts import describe, error
 from ..nn import StyleTransferLoss
 from ..vgg import VGG19Features
+from .lbfgs import LBFGS
 from .options import LEARNING_RATES, Options
 from .pictures import (
     Picture,
@@ -29,11 +30,8 @@ from .pictures import (
 
 STARTS = ("content", "noise")
 NOISE = 0.1  # deviation of the noise to start from, around grey
-HISTORY = 10  # pairs of steps and gradients that L-BFGS keeps
-# Whatever the preset's units are, the sum of the absolute values of a scale's first gradient is this.
-FIRST_GRADIENT = 1e6
-# A step without line search can go too far; one after which the loss is that many times larger is taken back.
-LARGEST_GROWTH = 10.0
+# A step after which the loss is that many times larger, or not finite, is taken again, a quarter as long.
+LARGEST_GROWTH, SHORTER = 3.0, 0.25
 
 
 class Record(NamedTuple):
@@ -191,7 +189,7 @@ class Transfer:
     @property
     def image(self) -> Tensor:
         """The picture so far, [3, H, W] on the CPU, of the size of the scale that it is at."""
-        values = (self._unit * self._parameter.detach()).cpu()
+        values = self._image.detach().cpu()
         if self.options.preserve_colors:
             values = with_luminance(resized(self._content, *values.shape[1:]), values)
         return values.clamp(0, 1)
@@ -206,22 +204,21 @@ class Transfer:
         """
         began = time.perf_counter()
         if len(self.records) == sum(self._plan[: self._scale + 1]):
-            image = (self._unit * self._parameter.detach()).cpu()
-            self._begin(self._scale + 1, resized(image.clamp(0, 1), *self._sizes[self._scale + 1]))
+            image = self._image.detach().cpu().clamp(0, 1)
+            self._begin(self._scale + 1, resized(image, *self._sizes[self._scale + 1]))
         terms, gradient = self._evaluate()
         loss, size = terms[0], gradient.abs().sum(dtype=torch.float64).item()
         finite = math.isfinite(loss) and math.isfinite(size)
         if self._good is None and not finite:
             raise ValueError(f"stylize: the loss is {loss}, its gradient {size}: use smaller weights")
-        if finite and (self._good is None or loss <= LARGEST_GROWTH * self._loss):
+        if finite and loss <= LARGEST_GROWTH * self._loss:
             if self._good is None:
-                self._factor = FIRST_GRADIENT / size if size else 1.0
-            self._loss, self._good = loss, self._parameter.detach().clone()
-            self._parameter.grad = self._factor * gradient
-            self._optimizer.step(lambda: self._factor * loss)
+                self._factor = 1 / size if size else 1.0
+            self._loss, self._good = loss, self._image.detach().clone()
+            self._image.grad = self._factor * gradient
+            self._optimizer.step()
         else:
-            self._parameter.data.copy_(self._good)
-            self._optimizer = self._new_optimizer()
+            self._image.data.lerp_(self._good, 1 - SHORTER)
         height, width = self._sizes[self._scale]
         seconds = time.perf_counter() - began
         record = Record(len(self.records) + 1, self.steps, height, width, *terms, seconds)
@@ -230,26 +227,18 @@ class Transfer:
 
     def _evaluate(self) -> tuple[list[float], Tensor]:
         """Loss, content, style and total variation; and the gradient."""
-        image = (self._unit * self._parameter).expand(3, -1, -1)[None]
+        image = self._image.expand(3, -1, -1)[None]
         smoothed = self._network.normalized(image) if self._criterion.options["tv_weight"] else None
         result = self._criterion(self._network(image), smoothed, return_terms=True)
-        (gradient,) = torch.autograd.grad(result.loss, self._parameter)
+        (gradient,) = torch.autograd.grad(result.loss, self._image)
         return torch.stack(result).tolist(), gradient
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         rate = self.options.learning_rate
         rate = LEARNING_RATES[self.options.optimizer] if rate is None else float(rate)
         if self.options.optimizer == "adam":
-            return torch.optim.Adam([self._parameter], lr=rate)
-        # One evaluation in each call of step, so that the run can be stopped between any two.
-        return torch.optim.LBFGS(
-            [self._parameter],
-            lr=rate,
-            max_iter=1,
-            tolerance_grad=0,
-            tolerance_change=0,
-            history_size=HISTORY,
-        )
+            return torch.optim.Adam([self._image], lr=rate)
+        return LBFGS(self._image, lr=rate)
 
     # ---- scales --------------------------------------------------------------------------------------------
 
@@ -294,12 +283,11 @@ class Transfer:
     def _begin(self, scale: int, image: Tensor) -> None:
         self._scale = scale
         self._set_targets()
-        # torch's L-BFGS opens with a step whose absolute values sum up to 1 and takes its first idea of the
-        # curvature from there. In these units that step changes a pixel by 1/255 on average.
-        self._unit = image.numel() / 255 if self.options.optimizer == "lbfgs" else 1.0
-        self._parameter = (image / self._unit).to(self.options.device).requires_grad_()
+        self._image = image.to(self.options.device, copy=True).requires_grad_()
         self._optimizer = self._new_optimizer()
-        self._factor, self._loss = 1.0, math.inf
+        # Of the gradient: the first one's absolute values add up to 1, whatever the loss is measured in.
+        self._factor = 1.0
+        self._loss = math.inf
         self._good: Tensor | None = None  # where the loss was as it should be, last
 
     @torch.no_grad()
@@ -339,7 +327,7 @@ class Transfer:
             "of": self._fingerprint(),
             "scale": self._scale,
             "records": [list(record) for record in self.records],
-            "parameter": self._parameter.detach(),
+            "image": self._image.detach(),
             "optimizer": self._optimizer.state_dict(),
             "factor": self._factor,
             "loss": self._loss,
@@ -354,8 +342,7 @@ class Transfer:
         """
         if state["of"] != self._fingerprint():
             raise ValueError("the run that was stopped had other pictures or options")
-        self._begin(state["scale"], torch.zeros(state["parameter"].shape))
-        self._parameter.data.copy_(state["parameter"])
+        self._begin(state["scale"], state["image"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._factor, self._loss = state["factor"], state["loss"]
         self._good = None if state["good"] is None else state["good"].to(self.options.device)

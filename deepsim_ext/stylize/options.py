@@ -33,7 +33,7 @@ class Options:
     steps: int = 150
     optimizer: str = "lbfgs"
     learning_rate: float | None = None
-    preset: str = "jcjohnson"
+    preset: str = "gatys_paper"
     content_weight: float | None = None
     style_weight: float | None = None
     tv_weight: float | None = None
