@@ -210,7 +210,7 @@ _PRESETS = {
         layer_weight=1.0,
         normalize="none",
         content_layers=("relu3_3",),
-        content_weight=1.0,
+        content_weight=256.0,  # its content loss is summed over channels
         **_MEAN,
     ),
     "basicsr_l1": _basicsr("mean", "l1"),

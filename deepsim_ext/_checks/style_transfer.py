@@ -54,15 +54,15 @@ def style_transfer_options(
         if weights is not None and len(weights) != len(layers):
             expected = f"one number per layer of {kind}_layers ({len(layers)})"
             raise error(ValueError, function, f"{kind}_layer_weights", expected, str(len(weights)))
-    if not style_layers and not content_layers:
-        expected = "at least one name where content_layers has none"
-        raise error(ValueError, function, "style_layers", expected, "an empty sequence")
     for name, value in (
         ("style_weight", style_weight),
         ("content_weight", content_weight),
         ("tv_weight", tv_weight),
     ):
         margin_value(function, name, value)
+    if not (style_layers and style_weight or content_layers and content_weight or tv_weight):
+        expected = "at least one with a weight > 0 and a layer"
+        raise error(ValueError, function, "the terms", expected, "none")
     style_options(function, weights=None, normalize=normalize, reduction=reduction, distance=distance)
     choice(function, "content_reduction", content_reduction, LAYER_REDUCTIONS)
     choice(function, "tv_distance", tv_distance, VARIATION_DISTANCES)
@@ -94,23 +94,24 @@ def style_pictures(
         masks = [(f"style_masks[{i}]", mask) for i, mask in enumerate(style_masks)]
     weights = _blend(function, blend_weights, len(pictures))
     checked: list[StylePicture] = []
+    samples = 1
     for (name, picture), (mask_name, mask), weight in zip(pictures, masks, weights, strict=True):
         batch = layer_tensors(function, name, picture, layers)
         if mask is not None:
             first = picture[layers[0]]
-            mask = picture_mask(function, mask_name, mask, first.ndim - 2, batch)
-            check_device(function, mask_name, mask, f'{name}["{layers[0]}"]', first)
-        for layer in layers:
-            first = checked[0].features[layer] if checked else picture[layer]
-            expected = None
-            if picture[layer].shape[1] != first.shape[1]:
-                expected = f"of {first.shape[1]} channels, as that of {pictures[0][0]} is"
-            elif 1 not in (batch, first.shape[0]) and batch != first.shape[0]:
-                expected = f"of 1 or {first.shape[0]} samples, as that of {pictures[0][0]} is"
-            if expected:
-                raise error(ValueError, function, f'{name}["{layer}"]', expected, describe(picture[layer]))
-            check_device(function, f'{name}["{layer}"]', picture[layer], pictures[0][0], first)
+            mask = picture_mask(function, mask_name, mask, f'{name}["{layers[0]}"]', first, batch)
+        for layer in layers if checked else ():
+            layer_name, first_name = f'{name}["{layer}"]', f'features[0]["{layer}"]'
+            x, first = picture[layer], checked[0].features[layer]
+            if x.shape[1] != first.shape[1]:
+                expected = f"of {first.shape[1]} channels, as {first_name} is"
+                raise error(ValueError, function, layer_name, expected, describe(x))
+            if batch not in (1, samples) and samples > 1:
+                expected = f"of 1 or {samples} samples, as pictures before it are"
+                raise error(ValueError, function, layer_name, expected, describe(x))
+            check_device(function, layer_name, x, first_name, first)
         checked.append(StylePicture(picture, weight, mask))
+        samples = max(samples, batch)
     return checked
 
 
@@ -137,21 +138,25 @@ def layer_tensors(function: str, argument: str, features: Any, layers: tuple[str
     return 1 if first is None else first.shape[0]
 
 
-def picture_mask(function: str, argument: str, mask: Any, spatial_dims: int, batch: int | None) -> Tensor:
+def picture_mask(
+    function: str, argument: str, mask: Any, features_argument: str, features: Tensor, batch: int | None
+) -> Tensor:
     """A mask at the resolution of a picture, as [B or 1, *spatial]; without `batch` B is any number."""
+    dims = features.ndim - 2
     of_batch = "" if batch is None else f"B={batch}, "
     expected = (
         f"{FLOAT_NAMES} or bool of shape [*spatial], [1, *spatial] or [B, *spatial]"
-        f" with {of_batch}{spatial_dims} spatial dimensions, none of size 0"
+        f" with {of_batch}{dims} spatial dimensions, none of size 0"
     )
     if (
         not is_dense(mask, MASK_DTYPES)
-        or mask.ndim not in (spatial_dims, spatial_dims + 1)
+        or mask.ndim not in (dims, dims + 1)
         or mask.numel() == 0
-        or (mask.ndim > spatial_dims and batch is not None and mask.shape[0] not in (1, batch))
+        or (mask.ndim > dims and batch is not None and mask.shape[0] not in (1, batch))
     ):
         raise tensor_error(function, argument, expected, mask, MASK_DTYPES)
-    return mask if mask.ndim > spatial_dims else mask[None]
+    check_device(function, argument, mask, features_argument, features)
+    return mask if mask.ndim > dims else mask[None]
 
 
 def meets_style(

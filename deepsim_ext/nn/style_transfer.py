@@ -164,9 +164,9 @@ class StyleTransferLoss(nn.Module):
         grams = self._blend("add_region", features, blend_weights, style_masks)
         if grams:
             picture = features if isinstance(features, Mapping) else features[0]
-            spatial_dims = picture[self.style_layers[0]].ndim - 2
-            mask = checks.picture_mask(function, "mask", mask, spatial_dims, None)
-            self._add_style(grams, _no_grad_copy(mask.to(grams[0].device, grams[0].dtype)), weight)
+            first = picture[self.style_layers[0]]
+            mask = checks.picture_mask(function, "mask", mask, "the style", first, None)
+            self._add_style(grams, _no_grad_copy(mask.to(grams[0].dtype)), weight)
 
     def set_content(self, features: Mapping[str, Tensor]) -> None:
         """The content to keep: features of the size of the image's."""
@@ -196,8 +196,9 @@ class StyleTransferLoss(nn.Module):
             `StyleTransferResult`.
         """
         self._check(features, image, return_terms)
-        first = next(iter(features.values()))
-        zero = first.new_zeros((), dtype=_checks.compute_dtype(first))
+        layers = self.style_layers + self.content_layers
+        like = features[layers[0]] if layers else image
+        zero = like.new_zeros((), dtype=_checks.compute_dtype(like))
         content = self._content_loss(features) if self.content_layers else zero
         style = self._style_loss(features) if self.style_layers else zero
         variation = zero
@@ -256,8 +257,6 @@ class StyleTransferLoss(nn.Module):
         function = type(self).__name__
         _checks.flag(function, "return_terms", return_terms)
         checks.layer_tensors(function, "features", features, self.style_layers + self.content_layers)
-        if not features:
-            raise error(ValueError, function, "features", "at least one layer", "an empty mapping")
         if self.style_layers and not self._region_weights:
             raise error(ValueError, function, "the style", "set by set_style or add_region", "none")
         if self.content_layers and "content_0" not in self._buffers:
@@ -347,12 +346,20 @@ class StyleTransferLoss(nn.Module):
                 if state[kind] != own[kind]:
                     error_msgs.append(f"{kind} must be {own[kind]}, got {state[kind]}")
                     return
-            # It may have other targets or none: buffers take the shapes of those that come.
-            self._forget("gram", "mask", "content")
-            for key, value in state_dict.items():
-                name = key.removeprefix(prefix)
-                if key.startswith(prefix) and _TARGET.fullmatch(name):
-                    self.register_buffer(name, torch.empty_like(value))
+            # It may have other targets or none: buffers take the shapes of those that come, if all do.
+            names = [k.removeprefix(prefix) for k in state_dict if k.startswith(prefix)]
+            targets = [name for name in names if _TARGET.fullmatch(name)]
+            styles, layers = range(len(state["region_weights"])), range(len(self.style_layers))
+            expected = {f"gram_{style}_{i}" for style in styles for i in layers}
+            if any(name.startswith("content") for name in targets):
+                expected |= {f"content_{i}" for i in range(len(self.content_layers))}
+            missing = sorted(expected.difference(targets))
+            if missing:
+                missing_keys += [f"{prefix}{name}" for name in missing]
+                return
+            self.reset()
+            for name in targets:
+                self.register_buffer(name, torch.empty_like(state_dict[f"{prefix}{name}"]))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -367,8 +374,6 @@ def _resize(mask: Tensor, features: Tensor) -> Tensor:
     """A mask [B or 1, *spatial], averaged over areas, at the size of features."""
     mask = mask.to(_checks.compute_dtype(features))
     size = features.shape[2:]
-    if mask.shape[1:] == size:
-        return mask
     pool = {
         1: torch.nn.functional.adaptive_avg_pool1d,
         2: torch.nn.functional.adaptive_avg_pool2d,
