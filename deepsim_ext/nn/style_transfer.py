@@ -171,7 +171,6 @@ class StyleTransferLoss(nn.Module):
     def set_content(self, features: Mapping[str, Tensor]) -> None:
         """The content to keep: features of the size of the image's."""
         checks.layer_tensors(f"{type(self).__name__}.set_content", "features", features, self.content_layers)
-        self._forget("content")
         for i, layer in enumerate(self.content_layers):
             self.register_buffer(f"content_{i}", _no_grad_copy(features[layer]))
 
@@ -243,8 +242,7 @@ class StyleTransferLoss(nn.Module):
             self.register_buffer(f"gram_{style}_{i}", gram)
         if mask is not None:
             self.register_buffer(f"mask_{style}", mask)
-        if grams:
-            self._region_weights.append(weight)
+        self._region_weights.append(weight)
 
     def _forget(self, *kinds: str) -> None:
         for name in list(self._buffers):
