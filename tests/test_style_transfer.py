@@ -448,6 +448,14 @@ def test_moves_with_to():
     assert criterion({n: f.to("meta") for n, f in features().items()}).device.type == "meta"
 
 
+@pytest.mark.filterwarnings("ignore:.*non-meta parameter")
+def test_loaded_targets_stay_on_the_device_of_the_module():
+    criterion, state = ready().to("meta"), with_regions().state_dict()
+    criterion.load_state_dict(state)
+    assert {t.device.type for t in criterion.buffers()} == {"meta"}
+    assert {t.device.type for t in state.values() if isinstance(t, Tensor)} == {"cpu"}
+
+
 # ---- transforms --------------------------------------------------------------------------------------------
 
 
