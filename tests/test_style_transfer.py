@@ -478,6 +478,19 @@ def test_compiles_to_one_graph_for_all_sizes():
     assert graphs.frame_count == frames == 1
 
 
+@pytest.mark.slow
+def test_compiled_by_inductor():
+    torch._dynamo.reset()
+    criterion = ready(tv_weight=0.1)
+    criterion.add_region(torch.rand(12, 16), features(seed=3))
+    f, image = leaves(features(seed=4)), torch.rand(1, 3, 12, 16, dtype=torch.float64)
+    compiled = torch.compile(criterion, fullgraph=True)
+    results = [function(f, image, return_terms=True) for function in (compiled, criterion)]
+    torch.testing.assert_close(*results)
+    ours, theirs = (torch.autograd.grad(result.loss, list(f.values())) for result in results)
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_gradients():
     criterion = StyleTransferLoss(["a"], ["a"], style_weight=3.0, tv_weight=1.0, normalize="hw")
     criterion.set_style({"a": torch.randn(1, 2, 3, 3, dtype=torch.float64)})
