@@ -16,15 +16,18 @@ except ImportError as error:
 
 from . import functional, nn, reference
 from .functional import *  # noqa: F403
+from .gram_accumulator import GramAccumulator
 from .presets import StylePreset, style_preset
-from .results import ContrastiveResult, NearestNeighbors, TripletLossResult
+from .results import ContrastiveResult, NearestNeighbors, StyleTransferResult, TripletLossResult
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ContrastiveResult",
+    "GramAccumulator",
     "NearestNeighbors",
     "StylePreset",
+    "StyleTransferResult",
     "TripletLossResult",
     "__version__",
     "build_info",

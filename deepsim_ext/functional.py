@@ -10,6 +10,7 @@ from .content import content_loss
 from .contrastive import contrastive_loss
 from .gram import gram_matrix, style_loss
 from .nearest_neighbors import nearest_neighbors
+from .total_variation import total_variation_loss
 from .triplet_margin import triplet_margin_loss
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "gram_matrix",
     "nearest_neighbors",
     "style_loss",
+    "total_variation_loss",
     "triplet_margin_loss",
 ]

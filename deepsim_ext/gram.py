@@ -10,30 +10,37 @@ from torch import Tensor
 
 from . import _checks
 from ._autograd import differentiable
-from .reference.style import root
+from .reference.style import masked, root
 
 
-def gram_matrix(features: Tensor, *, normalize: str | float = "chw") -> Tensor:
+def gram_matrix(features: Tensor, *, normalize: str | float = "chw", mask: Tensor | None = None) -> Tensor:
     """Gram matrices of feature maps: `scale * F F^T` per sample, F = features as [C, N], N = spatial size.
 
     Half the products: G is symmetric. Its gradient is one product, `scale * (dG + dG^T) F`.
     Source: Gatys, Ecker, Bethge, "Image Style Transfer Using Convolutional Neural Networks" (2016), eq. 3,
     which is normalize="none".
+    With a mask: the guided Gram matrix of Gatys, Ecker, Bethge, Hertzmann, Shechtman, "Controlling Perceptual
+    Factors in Neural Style Transfer" (2017), times N: there the squares of a mask sum to 1.
 
     Args:
         features: [B, C, *spatial] with 1 to 3 spatial dimensions, none of size 0; float32, float64, bfloat16
             or float16. Contiguous and channels_last are read in place.
         normalize: what to divide by: "none" (1), "hw" (N), "chw" (C N), "bchw" (B C N), or a positive number.
+        mask: None, or which positions count: [*spatial], [1, *spatial] or [B, *spatial], bool or float with
+            values >= 0. Features are multiplied by the mask, scaled first so that its squares sum to N in
+            every sample: regions of any area compare, and a mask of ones changes nothing. A mask of zeros
+            gives a Gram matrix of zeros, with a gradient of zero.
 
     Returns:
         [B, C, C]; float32, or float64 for float64 input. Half inputs are multiplied and summed in float32.
-        Differentiable to any order; the gradient comes in the dtype of `features`.
+        Differentiable in `features` and `mask`, to any order; gradients come in their dtypes.
 
     Raises:
         TypeError: an argument of the wrong Python type or dtype.
-        ValueError: unknown or non-positive `normalize`, or features of the wrong shape.
+        ValueError: unknown or non-positive `normalize`, or features or mask of the wrong shape or device.
     """
-    _checks.gram_matrix("gram_matrix", features, normalize=normalize)
+    mask = _checks.gram_matrix("gram_matrix", features, normalize=normalize, mask=mask)
+    features = masked(features, mask)
     return _gram(features.flatten(start_dim=2), *_normalization(normalize))
 
 
@@ -45,6 +52,7 @@ def style_loss(
     normalize: str | float = "chw",
     reduction: str = "mean",
     distance: str = "l2",
+    mask: Tensor | Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """Distance between the Gram matrices of `features` and `target`, summed over layers.
 
@@ -63,10 +71,11 @@ def style_loss(
             1 / (4 C^2 N^2)); sums run over B too.
         distance: "l2" for squared, "l1" for absolute differences, "frobenius" for the root of the sum of
             squares over all samples of a layer (with reduction="sum"; its gradient is 0 at 0).
+        mask: as in `gram_matrix`; for several layers a list or tuple of one mask or None per layer.
 
     Returns:
-        Scalar; float32, or float64 for float64 input. Differentiable in `features` and `target`, to any
-        order.
+        Scalar; float32, or float64 for float64 input. Differentiable in `features`, `target` and `mask`,
+        to any order.
 
     Raises:
         TypeError: an argument of the wrong Python type or dtype.
@@ -80,11 +89,13 @@ def style_loss(
         normalize=normalize,
         reduction=reduction,
         distance=distance,
+        mask=mask,
     )
     options = (*_normalization(normalize), reduction, "l1" if distance == "l1" else "l2")
     losses = []
     for layer in layers:
-        loss = _style(layer.features.flatten(start_dim=2), layer.target, *options)[0]
+        layer_features = masked(layer.features, layer.mask)
+        loss = _style(layer_features.flatten(start_dim=2), layer.target, *options)[0]
         losses.append(layer.weight * (root(loss) if distance == "frobenius" else loss))
     return sum(losses[1:], losses[0])
 

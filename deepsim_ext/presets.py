@@ -15,6 +15,9 @@ class StylePreset:
         grams = [gram_matrix(f, normalize=preset.normalize) for f in features_of_the_style_image]
         loss = preset.style_weight * style_loss(features, grams, **preset.style_options)
         loss += preset.content_weight * content_loss(features, target, **preset.content_options)
+        loss += preset.tv_weight * total_variation_loss(image, **preset.tv_options)
+
+    `nn.StyleTransferLoss.from_preset` has all of it in one module.
 
     Layers are named as in the paper of VGG: conv4_2 is the second convolution of the fourth block, relu4_2
     what follows it. Weights suit the images of the source: BGR of 0-255 with the mean subtracted for
@@ -31,6 +34,9 @@ class StylePreset:
     content_layers: tuple[str, ...]  # empty where the source has no such content loss
     content_weight: float
     content_reduction: str  # of content_loss
+    tv_weight: float = 0.0  # of the total variation of the image
+    tv_distance: str = "l2"  # of total_variation_loss
+    tv_reduction: str = "mean"  # of total_variation_loss
 
     @property
     def style_options(self) -> dict[str, Any]:
@@ -46,6 +52,11 @@ class StylePreset:
     def content_options(self) -> dict[str, Any]:
         """Arguments of `content_loss`."""
         return {"reduction": self.content_reduction}
+
+    @property
+    def tv_options(self) -> dict[str, Any]:
+        """Arguments of `total_variation_loss`."""
+        return {"distance": self.tv_distance, "reduction": self.tv_reduction}
 
 
 def style_preset(name: str) -> StylePreset:
@@ -71,6 +82,8 @@ def style_preset(name: str) -> StylePreset:
     ================== ======================================== ========= =====================
 
     Layers are summed, times `layer_weight`. (film's 255 is in it: the Gram matrix itself is over N.)
+    jcjohnson has total variation too, 1e-3 times half the squares, and neural_style_pt 1e-3 times absolute
+    differences. (jcjohnson's leaves out those along the last row and column.)
 
     Raises:
         TypeError: `name` is not a string.
@@ -93,16 +106,17 @@ _GATYS = {
     "content_layers": ("conv4_2",),
 }
 _MEAN = {"reduction": "mean", "distance": "l2", "content_reduction": "mean"}
-_NEURAL_STYLE = StylePreset(
-    network="vgg19",
-    style_layers=_layers("relu", *_FIRST),
-    style_weight=100.0,
-    layer_weight=1.0,
-    normalize="chw",
-    content_layers=("relu4_2",),
-    content_weight=5.0,
+_NEURAL_STYLE = {
+    "network": "vgg19",
+    "style_layers": _layers("relu", *_FIRST),
+    "style_weight": 100.0,
+    "layer_weight": 1.0,
+    "normalize": "chw",
+    "content_layers": ("relu4_2",),
+    "content_weight": 5.0,
+    "tv_reduction": "sum",
     **_MEAN,
-)
+}
 
 
 def _basicsr(reduction: str, distance: str) -> StylePreset:
@@ -156,8 +170,8 @@ _PRESETS = {
         content_weight=1.0,
         **_MEAN,
     ),
-    "jcjohnson": _NEURAL_STYLE,
-    "neural_style_pt": _NEURAL_STYLE,
+    "jcjohnson": StylePreset(tv_weight=1e-3 / 2, tv_distance="l2", **_NEURAL_STYLE),
+    "neural_style_pt": StylePreset(tv_weight=1e-3, tv_distance="l1", **_NEURAL_STYLE),
     "pytorch_examples": StylePreset(
         network="vgg16",
         style_layers=_layers("relu", "1_2", "2_2", "3_3", "4_3"),

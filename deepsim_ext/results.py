@@ -1,6 +1,6 @@
-"""What the functions return besides a plain tensor; everything is on the device of the embeddings.
+"""What is returned besides a plain tensor; everything is on the device of the embeddings or features.
 
-Only `loss` carries a gradient. Counts are int64, other statistics have the loss's dtype. With a NaN or inf in
+Only losses carry a gradient. Counts are int64, other statistics have the loss's dtype. With a NaN or inf in
 an embedding the loss and all means are NaN, and the counts mean nothing.
 """
 
@@ -45,3 +45,12 @@ class NearestNeighbors(NamedTuple):
 
     distances: Tensor  # [Q, k], ascending; NaN where an input was NaN or inf
     indices: Tensor  # int64 [Q, k]; -1 where an input was NaN or inf
+
+
+class StyleTransferResult(NamedTuple):
+    """The loss of a style transfer and its terms, which are scalars times their weights and add up to it."""
+
+    loss: Tensor
+    content: Tensor
+    style: Tensor
+    total_variation: Tensor

@@ -237,9 +237,9 @@ def layer_sequences(function: str, f: torch.Tensor, t: torch.Tensor) -> list[Cas
     ]  # fmt: skip
 
 
-def feature_maps(function: str, rest: tuple) -> list[Case]:
+def feature_maps(function: str, rest: tuple, argument: str = "features") -> list[Case]:
     def wrong(features: object, kind: type[Exception], got: str) -> Case:
-        return Case(function, (features, *rest), {}, kind, f"features must be {FEATURES}, got {got}")
+        return Case(function, (features, *rest), {}, kind, f"{argument} must be {FEATURES}, got {got}")
 
     return [
         wrong(z(2, 3), ValueError, "float32 [2, 3]"),
@@ -251,6 +251,46 @@ def feature_maps(function: str, rest: tuple) -> list[Case]:
         wrong(z(2, 3, 5, dtype=torch.complex128), TypeError, "complex128 [2, 3, 5]"),
         wrong(sparse(2, 3, 5), TypeError, "sparse_coo float32 [2, 3, 5]"),
     ]
+
+
+def masks() -> list[Case]:
+    """Of one layer in gram_matrix and style_loss, and of several."""
+    expected = (
+        f"{FLOATS} or bool of shape [*spatial], [1, *spatial] or [B, *spatial] with B=2, spatial=[4, 5]"
+    )
+    maps, gram = z(2, 3, 4, 5), z(3, 3)
+
+    def wrong(mask: object, kind: type[Exception], got: str) -> list[Case]:
+        message = f"mask must be {expected}, got {got}"
+        return [
+            Case(function, args, {"mask": mask}, kind, message)
+            for function, args in (("gram_matrix", (maps,)), ("style_loss", (maps, gram)))
+        ]
+
+    def layers(mask: object, kind: type[Exception], message: str) -> Case:
+        return Case("style_loss", ([maps, maps], [gram, gram]), {"mask": mask}, kind, message)
+
+    return [
+        *wrong([1.0], TypeError, "list"),
+        *wrong(True, TypeError, "bool True"),
+        *wrong(z(4, 5, dtype=torch.uint8), TypeError, "uint8 [4, 5]"),
+        *wrong(sparse(4, 5), TypeError, "sparse_coo float32 [4, 5]"),
+        *wrong(z(5, 4), ValueError, "float32 [5, 4]"),
+        *wrong(z(5), ValueError, "float32 [5]"),
+        *wrong(z(3, 4, 5), ValueError, "float32 [3, 4, 5]"),
+        *wrong(z(2, 1, 4, 5), ValueError, "float32 [2, 1, 4, 5]"),
+        *wrong(z(4, 5, dtype=torch.bool)[:, :4], ValueError, "bool [4, 4]"),
+        *(
+            Case(function, args, {"mask": z(4, 5, device="meta")}, ValueError,
+                 "mask must be on cpu, where features is, got float32 [4, 5] on meta")
+            for function, args in (("gram_matrix", (maps,)), ("style_loss", (maps, gram)))
+        ),
+        layers(z(4, 5), TypeError,
+               "mask must be None or a list or tuple of 2 tensors or None, as features is, "
+               "got float32 [4, 5]"),
+        layers([z(4, 5)], ValueError, "mask must be one tensor or None per layer of features (2), got 1"),
+        layers([None, z(4)], ValueError, f"mask[1] must be {expected}, got float32 [4]"),
+    ]  # fmt: skip
 
 
 def style_targets() -> list[Case]:
@@ -431,12 +471,16 @@ CASES = [
     *names("style_loss", (F, T), "reduction", '"mean", "sum", "gatys"'),
     *names("style_loss", (F, T), "distance", '"l2", "l1", "frobenius"'),
     *style_targets(),
+    *masks(),
     *layer_sequences("style_loss", F, T),
     *layer_weights("style_loss", (F, T), ([F, F], [T, T])),
     *layer_sequences("content_loss", X, X),
     *layer_weights("content_loss", (X, X), ([X, X], [X, X])),
     *names("content_loss", (X, X), "reduction", '"mean", "sum", "gatys"'),
     *content_tensors(),
+    *feature_maps("total_variation_loss", (), "image"),
+    *names("total_variation_loss", (F,), "distance", '"l2", "l1"'),
+    *names("total_variation_loss", (F,), "reduction", '"mean", "sum"'),
 ]  # fmt: skip
 
 
@@ -492,6 +536,10 @@ LOSSES = {
     "style": lambda module, x, y, f, m: module.style_loss([f, f], [T, T], weights=[m, 1], reduction="gatys"),
     "content": lambda module, x, y, f, m: module.content_loss([f, f], [f, f], weights=[m, 1]),
     "gram": lambda module, x, y, f, m: module.gram_matrix(f, normalize="bchw"),
+    "masks": lambda module, x, y, f, m: module.style_loss(
+        [f, f], [T, T], weights=[m, 1], mask=[f[:, 0], None]
+    ),
+    "total_variation": lambda module, x, y, f, m: module.total_variation_loss(f * m, distance="l1"),
 }
 
 

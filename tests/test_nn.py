@@ -82,6 +82,13 @@ MODULES = [
         functional.content_loss,
         ([X, X], [X, X + 1]),
     ),
+    (nn.TotalVariationLoss, {}, functional.total_variation_loss, (MAPS,)),
+    (
+        nn.TotalVariationLoss,
+        {"distance": "l1", "reduction": "sum"},
+        functional.total_variation_loss,
+        (MAPS,),
+    ),
 ]
 
 
@@ -141,6 +148,10 @@ def test_repr_names_the_options() -> None:
          'distance must be one of "l2", "l1", "frobenius", got "L1"'),
         (nn.StyleLoss, {"distance": "frobenius"}, ValueError,
          'reduction must be "sum" where distance="frobenius", got "mean"'),
+        (nn.TotalVariationLoss, {"distance": "frobenius"}, ValueError,
+         'distance must be one of "l2", "l1", got "frobenius"'),
+        (nn.TotalVariationLoss, {"reduction": "gatys"}, ValueError,
+         'reduction must be one of "mean", "sum", got "gatys"'),
         (nn.ContentLoss, {"weights": ["1"]}, TypeError, 'weights[0] must be a finite number, got "1"'),
         (nn.ContentLoss, {"reduction": None}, TypeError,
          'reduction must be one of "mean", "sum", "gatys", got None'),

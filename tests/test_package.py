@@ -131,12 +131,13 @@ MODULES = {
     "ContrastiveLoss": "contrastive_loss",
     "GramMatrix": "gram_matrix",
     "StyleLoss": "style_loss",
+    "TotalVariationLoss": "total_variation_loss",
 }
 
 
 def test_functions_and_reference_agree_on_names():
     assert sorted(reference.__all__) == FUNCTIONS
-    assert sorted(nn.__all__) == sorted([*MODULES, "CrossBatchMemory"])
+    assert sorted(nn.__all__) == sorted([*MODULES, "CrossBatchMemory", "StyleTransferLoss"])
 
 
 def test_everything_is_found_at_top_level():
@@ -158,10 +159,13 @@ def test_compiled_function_and_reference_have_one_signature(name):
 
 @pytest.mark.parametrize(("module", "function"), MODULES.items())
 def test_modules_take_the_options_of_their_function(module, function):
-    """Tensors positional in forward, options by keyword at construction, with the function's defaults."""
+    """Tensors positional in forward, options by keyword at construction, with the function's defaults.
+
+    A mask is a tensor, by keyword in both.
+    """
     parameters = inspect.signature(getattr(functional, function)).parameters.values()
-    options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    tensors = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "mask"}
+    tensors = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD or p.name == "mask"]
     made = inspect.signature(getattr(nn, module)).parameters.values()
     assert {p.name: p.default for p in made} == options
     assert all(p.kind is p.KEYWORD_ONLY for p in made)
@@ -183,10 +187,12 @@ def test_every_function_documents_arguments_result_errors_and_source(name):
     assert inspect.getdoc(getattr(reference, name))
 
 
-RESULTS = ["ContrastiveResult", "NearestNeighbors", "TripletLossResult"]
+RESULTS = ["ContrastiveResult", "NearestNeighbors", "StyleTransferResult", "TripletLossResult"]
 
 
-@pytest.mark.parametrize("name", [*MODULES, *RESULTS, "CrossBatchMemory", "build_info"])
+@pytest.mark.parametrize(
+    "name", [*MODULES, *RESULTS, "CrossBatchMemory", "GramAccumulator", "StyleTransferLoss", "build_info"]
+)
 def test_every_other_public_name_has_a_docstring(name):
     assert inspect.getdoc(getattr(nn, name, None) or getattr(deepsim_ext, name))
 

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deepsim_ext import StylePreset, content_loss, gram_matrix, style_loss, style_preset
+from deepsim_ext import (
+    StylePreset,
+    content_loss,
+    gram_matrix,
+    style_loss,
+    style_preset,
+    total_variation_loss,
+)
+from deepsim_ext.nn import StyleTransferLoss
 from deepsim_ext.presets import _PRESETS
 
 
@@ -78,12 +86,17 @@ CONTENT = {
     "pystiche": F.mse_loss,
     "piq": F.mse_loss,
 }
+VARIATION = {
+    "jcjohnson": lambda x: 1e-3 * sum(d.square().sum() / 2 for d in (x.diff(dim=2), x.diff(dim=3))),
+    "neural_style_pt": lambda x: 1e-3 * sum(d.abs().sum() for d in (x.diff(dim=2), x.diff(dim=3))),
+}
 BLOCKS = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
 
 
 def test_every_preset_has_its_formula():
     assert STYLE.keys() == _PRESETS.keys()
     assert CONTENT.keys() == {name for name, preset in _PRESETS.items() if preset.content_layers}
+    assert VARIATION.keys() == {name for name, preset in _PRESETS.items() if preset.tv_weight}
 
 
 @pytest.mark.parametrize("name", STYLE)
@@ -114,6 +127,44 @@ def test_content(name):
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
     for a, b in zip(torch.autograd.grad(ours, f), torch.autograd.grad(theirs, f), strict=True):
         assert (a - b).norm() <= 1e-12 * b.norm()
+
+
+@pytest.mark.parametrize("name", VARIATION)
+def test_total_variation(name):
+    preset = style_preset(name)
+    x = torch.randn(1, 3, 5, 7, dtype=torch.float64, requires_grad=True)
+    ours = preset.tv_weight * total_variation_loss(x, **preset.tv_options)
+    theirs = VARIATION[name](x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(ours, x), torch.autograd.grad(theirs, x))
+
+
+def by_layer(names: tuple[str, ...], scale: float = 1.0, seed: int = 0) -> dict[str, Tensor]:
+    """Features of a picture: every layer of its own size."""
+    g = torch.Generator().manual_seed(seed)
+    draw = {"generator": g, "dtype": torch.float64}
+    return {name: scale * torch.randn(1, 3 + i, 9 - i, 11, **draw) for i, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("name", STYLE)
+def test_the_whole_loss_is_the_sum_of_the_formulas(name):
+    preset = style_preset(name)
+    names = tuple(dict.fromkeys(preset.style_layers + preset.content_layers))
+    criterion = StyleTransferLoss.from_preset(name)
+    style, content = by_layer(names, 1.5, seed=1), by_layer(names, seed=2)
+    features = {layer: f.requires_grad_() for layer, f in by_layer(names, seed=3).items()}
+    image = torch.randn(1, 3, 9, 11, dtype=torch.float64, requires_grad=True)
+    leaves = [*features.values(), image]
+    criterion.set_style(style)
+    criterion.set_content(content)
+    ours = criterion(features, image)
+    theirs = sum(STYLE[name](features[n], style[n]) for n in preset.style_layers)
+    theirs = theirs + sum(CONTENT[name](features[n], content[n]) for n in preset.content_layers)
+    theirs = theirs + (VARIATION[name](image) if name in VARIATION else 0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=0)
+    gradients = [torch.autograd.grad(loss, leaves, materialize_grads=True) for loss in (ours, theirs)]
+    for a, b in zip(*gradients, strict=True):
+        assert (a - b).norm() <= 1e-10 * b.norm()
 
 
 @pytest.mark.parametrize("name", STYLE)

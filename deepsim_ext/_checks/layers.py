@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .options import choice, is_number, to_float
@@ -22,12 +23,16 @@ from .texts import describe, error, one_of
 LAYER_REDUCTIONS = ("mean", "sum", "gatys")
 GRAM_NORMALIZATIONS = ("none", "hw", "chw", "bchw")
 GRAM_DISTANCES = ("l2", "l1", "frobenius")
+VARIATION_DISTANCES = ("l2", "l1")
+VARIATION_REDUCTIONS = ("mean", "sum")
+MASK_DTYPES = (*FLOAT_DTYPES, torch.bool)
 
 
 class StyleLayer(NamedTuple):
     features: Tensor  # [B, C, *spatial]
     target: Tensor  # [B or 1, C, C], in compute_dtype(features)
     weight: float
+    mask: Tensor | None  # [B or 1, *spatial], any of MASK_DTYPES
 
 
 class ContentLayer(NamedTuple):
@@ -36,10 +41,13 @@ class ContentLayer(NamedTuple):
     factor: float  # loss = factor * sum (features - target)^2: reduction and layer weight in one
 
 
-def gram_matrix(function: str, features: Tensor, *, normalize: str | float) -> None:
-    """All arguments of gram_matrix."""
+def gram_matrix(
+    function: str, features: Tensor, *, normalize: str | float, mask: Tensor | None
+) -> Tensor | None:
+    """All arguments of gram_matrix; returns the mask as [B or 1, *spatial]."""
     gram_normalization(function, normalize)
-    _check_features(function, "features", features)
+    check_features(function, "features", features)
+    return _mask(function, "mask", mask, "features", features)
 
 
 def style(
@@ -51,15 +59,19 @@ def style(
     normalize: str | float,
     reduction: str,
     distance: str,
+    mask: Tensor | list[Tensor | None] | tuple[Tensor | None, ...] | None,
 ) -> list[StyleLayer]:
     """All arguments of style_loss, as a list of layers."""
     style_options(function, weights=weights, normalize=normalize, reduction=reduction, distance=distance)
     layers = []
-    for f_name, f, t_name, t, weight in _layers(function, features, target, weights):
-        _check_features(function, f_name, f)
+    named = _layers(function, features, target, weights)
+    masks = _layer_masks(function, features, mask)
+    for (f_name, f, t_name, t, weight), (m_name, m) in zip(named, masks, strict=True):
+        check_features(function, f_name, f)
         check_device(function, f_name, f, "features[0]", layers[0].features if layers else f)
+        m = _mask(function, m_name, m, f_name, f)
         f, t = _gram_target(function, t_name, t, f_name, f)
-        layers.append(StyleLayer(f, t, weight))
+        layers.append(StyleLayer(f, t, weight, m))
     return layers
 
 
@@ -115,6 +127,18 @@ def content_options(
     choice(function, "reduction", reduction, LAYER_REDUCTIONS)
 
 
+def total_variation(function: str, image: Tensor, *, distance: str, reduction: str) -> None:
+    """All arguments of total_variation_loss."""
+    total_variation_options(function, distance=distance, reduction=reduction)
+    check_features(function, "image", image)
+
+
+def total_variation_options(function: str, *, distance: str, reduction: str) -> None:
+    """All options of total_variation_loss."""
+    choice(function, "distance", distance, VARIATION_DISTANCES)
+    choice(function, "reduction", reduction, VARIATION_REDUCTIONS)
+
+
 def gram_normalization(function: str, value: str | float) -> None:
     """A name out of GRAM_NORMALIZATIONS or a positive finite number."""
     expected = f"{one_of(GRAM_NORMALIZATIONS)} or a finite number > 0"
@@ -128,21 +152,24 @@ def gram_normalization(function: str, value: str | float) -> None:
         raise error(ValueError, function, "normalize", expected, describe(value))
 
 
-def layer_weights(function: str, value: list[float] | tuple[float, ...] | None) -> None:
+def layer_weights(
+    function: str, value: list[float] | tuple[float, ...] | None, argument: str = "weights"
+) -> None:
     """None, or finite numbers, one per layer; `style` and `content` check how many."""
     if value is None:
         return
     if not isinstance(value, list | tuple):
         expected = "None or a list or tuple of finite numbers"
-        raise error(TypeError, function, "weights", expected, describe(value))
+        raise error(TypeError, function, argument, expected, describe(value))
     for i, weight in enumerate(value):
         if not is_number(weight):
-            raise error(TypeError, function, f"weights[{i}]", "a finite number", describe(weight))
+            raise error(TypeError, function, f"{argument}[{i}]", "a finite number", describe(weight))
         if not -math.inf < to_float(weight) < math.inf:
-            raise error(ValueError, function, f"weights[{i}]", "a finite number", describe(weight))
+            raise error(ValueError, function, f"{argument}[{i}]", "a finite number", describe(weight))
 
 
-def _check_features(function: str, argument: str, x: Any) -> None:
+def check_features(function: str, argument: str, x: Any) -> None:
+    """Features of a layer, or an image."""
     if not is_dense(x, FLOAT_DTYPES) or not 3 <= x.ndim <= 5 or x.numel() == 0:
         expected = f"{FLOAT_NAMES} of shape [B, C, *spatial] with 1 to 3 spatial dimensions, none of size 0"
         raise tensor_error(function, argument, expected, x, FLOAT_DTYPES)
@@ -167,6 +194,37 @@ def _gram_target(
     features, target = match_dtypes(function, features_argument, features, argument, target, dtypes)
     target = target.to(compute_dtype(features))
     return features, target if target.ndim == 3 else target[None]
+
+
+def _mask(function: str, argument: str, mask: Any, features_argument: str, features: Tensor) -> Tensor | None:
+    """The mask as [B or 1, *spatial]."""
+    if mask is None:
+        return None
+    b, _, *spatial = features.shape
+    if not is_dense(mask, MASK_DTYPES) or list(mask.shape) not in (spatial, [1, *spatial], [b, *spatial]):
+        expected = (
+            f"{FLOAT_NAMES} or bool of shape [*spatial], [1, *spatial] or [B, *spatial]"
+            f" with B={b}, spatial={spatial}"
+        )
+        raise tensor_error(function, argument, expected, mask, MASK_DTYPES)
+    check_device(function, argument, mask, features_argument, features)
+    return mask if mask.ndim == features.ndim - 1 else mask[None]
+
+
+def _layer_masks(function: str, features: Any, mask: Any) -> list[tuple[str, Any]]:
+    """(name, mask) per layer, for features that `_layers` has seen."""
+    if isinstance(features, Tensor):
+        return [("mask", mask)]
+    count = len(features)
+    if mask is None:
+        return [("mask", None)] * count
+    if not isinstance(mask, list | tuple):
+        expected = f"None or a list or tuple of {count} tensors or None, as features is"
+        raise error(TypeError, function, "mask", expected, describe(mask))
+    if len(mask) != count:
+        expected = f"one tensor or None per layer of features ({count})"
+        raise error(ValueError, function, "mask", expected, str(len(mask)))
+    return [(f"mask[{i}]", m) for i, m in enumerate(mask)]
 
 
 def _layers(

@@ -24,6 +24,7 @@ from .neighbors import nearest_neighbors
 from .semi_hard import batch_semi_hard_triplet_loss
 from .semi_hard import dense_semi_hard as dense_semi_hard
 from .style import gram_matrix, style_loss
+from .total_variation import total_variation_loss
 
 __all__ = [
     "batch_all_triplet_loss",
@@ -36,5 +37,6 @@ __all__ = [
     "gram_matrix",
     "nearest_neighbors",
     "style_loss",
+    "total_variation_loss",
     "triplet_margin_loss",
 ]
