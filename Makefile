@@ -32,7 +32,7 @@ test-emulated: $(VENV)/built
 	$(BIN)/python -m pytest -q --emulated tests/test_batch_hard.py -k "$(EMULATED)"
 	DEEPSIM_CUDA_MINING=mma $(BIN)/python -m pytest -q --emulated tests/test_batch_hard.py -k "selection or ties or euclidean-float32"
 	DEEPSIM_CUDA_MINING=wgmma $(BIN)/python -m pytest -q --emulated tests/test_batch_hard.py -k "not gradcheck"
-	$(BIN)/python -m pytest -q --emulated tests/test_gram.py -k "$(EMULATED_GRAM)"
+	$(BIN)/python -m pytest -q --emulated tests/test_gram.py tests/test_style.py -k "$(EMULATED_GRAM)"
 	$(BIN)/python -m pytest -q --emulated tests/test_nearest_neighbors.py -k "not opcheck"
 	$(BIN)/python -m pytest -q --emulated tests/test_all_pairs.py -k "$(EMULATED_PAIRS)"
 	$(BIN)/python -m pytest -q --emulated tests/test_mining_strategies.py -k "$(EMULATED_STRATEGIES)"
