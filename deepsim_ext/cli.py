@@ -1,4 +1,4 @@
-"""The command line: `python -m deepsim_ext info | demo | profile-mining`."""
+"""The command line: `python -m deepsim_ext info | demo | stylize | profile-mining`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import __version__, build_info, demo, profile_mining
+from . import __version__, build_info, demo, profile_mining, stylize
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,6 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     demo.add_arguments(demo_command)
     demo_command.set_defaults(run=demo.run)
+    stylize_command = commands.add_parser(
+        "stylize", help="a picture in the style of others, or a texture, by VGG19"
+    )
+    stylize.add_arguments(stylize_command)
+    stylize_command.set_defaults(run=stylize.run)
     profile_command = commands.add_parser(
         "profile-mining", help="throughput of triplet mining on this machine, stage by stage"
     )

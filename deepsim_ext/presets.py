@@ -20,11 +20,13 @@ class StylePreset:
     `nn.StyleTransferLoss.from_preset` has all of it in one module.
 
     Layers are named as in the paper of VGG: conv4_2 is the second convolution of the fourth block, relu4_2
-    what follows it. Weights suit the images of the source: BGR of 0-255 with the mean subtracted for
-    gatys_paper, ng_course, jcjohnson, neural_style_pt and film, else what torchvision's normalisation gives.
+    what follows it. Weights suit the images of the source, which `scale` names: BGR of 0-255 with the mean
+    subtracted ("caffe": gatys_paper, ng_course, jcjohnson, neural_style_pt and film), or what torchvision's
+    normalisation gives. (Caffe's ReLU works in place: its conv4_2, after the fact, is relu4_2.)
     """
 
     network: str  # "vgg16" or "vgg19"
+    scale: str  # "caffe" or "torchvision", as in `vgg.VGG19Features`
     style_layers: tuple[str, ...]
     style_weight: float
     layer_weight: float  # of each style layer in the style loss
@@ -108,6 +110,7 @@ _GATYS = {
 _MEAN = {"reduction": "mean", "distance": "l2", "content_reduction": "mean"}
 _NEURAL_STYLE = {
     "network": "vgg19",
+    "scale": "caffe",
     "style_layers": _layers("relu", *_FIRST),
     "style_weight": 100.0,
     "layer_weight": 1.0,
@@ -123,6 +126,7 @@ def _basicsr(reduction: str, distance: str) -> StylePreset:
     # Which layers and weights is left to its users; these are a choice made here.
     return StylePreset(
         network="vgg19",
+        scale="torchvision",
         style_layers=_layers("conv", "1_2", "2_2", "3_4", "4_4", "5_4"),
         style_weight=1.0,
         layer_weight=1.0,
@@ -137,6 +141,7 @@ def _basicsr(reduction: str, distance: str) -> StylePreset:
 
 _PRESETS = {
     "gatys_paper": StylePreset(
+        scale="caffe",
         style_weight=1e3,
         layer_weight=1 / 5,
         reduction="gatys",
@@ -145,6 +150,7 @@ _PRESETS = {
         **_GATYS,
     ),
     "ng_course": StylePreset(
+        scale="caffe",
         style_weight=40.0,
         layer_weight=1 / 5,
         reduction="gatys",
@@ -153,6 +159,7 @@ _PRESETS = {
         **_GATYS,
     ),
     "sum": StylePreset(
+        scale="torchvision",
         style_weight=1.0,
         layer_weight=1.0,
         reduction="sum",
@@ -162,6 +169,7 @@ _PRESETS = {
     ),
     "pytorch_tutorial": StylePreset(
         network="vgg19",
+        scale="torchvision",
         style_layers=_layers("conv", "1_1", "1_2", "2_1", "2_2", "3_1"),  # its conv_1 to conv_5
         style_weight=1e6,
         layer_weight=1.0,
@@ -174,6 +182,7 @@ _PRESETS = {
     "neural_style_pt": StylePreset(tv_weight=1e-3, tv_distance="l1", **_NEURAL_STYLE),
     "pytorch_examples": StylePreset(
         network="vgg16",
+        scale="torchvision",
         style_layers=_layers("relu", "1_2", "2_2", "3_3", "4_3"),
         style_weight=1e10,
         layer_weight=1.0,
@@ -184,6 +193,7 @@ _PRESETS = {
     ),
     "pystiche": StylePreset(
         network="vgg19",
+        scale="torchvision",
         style_layers=_layers("relu", *_FIRST),
         style_weight=1e3,
         layer_weight=1 / 5,  # it takes the mean over layers
@@ -194,12 +204,13 @@ _PRESETS = {
     ),
     "piq": StylePreset(
         network="vgg16",
+        scale="torchvision",
         style_layers=("relu3_3",),
         style_weight=1.0,
         layer_weight=1.0,
         normalize="none",
         content_layers=("relu3_3",),
-        content_weight=1.0,
+        content_weight=256.0,  # its content loss is summed over channels
         **_MEAN,
     ),
     "basicsr_l1": _basicsr("mean", "l1"),
@@ -207,6 +218,7 @@ _PRESETS = {
     "basicsr_frobenius": _basicsr("sum", "frobenius"),
     "edgeconnect": StylePreset(
         network="vgg19",
+        scale="torchvision",
         style_layers=_layers("relu", "2_2", "3_4", "4_4", "5_2"),
         style_weight=250.0,
         layer_weight=1.0,
@@ -219,6 +231,7 @@ _PRESETS = {
     ),
     "film": StylePreset(
         network="vgg19",
+        scale="caffe",
         style_layers=_layers("conv", *_FIRST),
         style_weight=1.0,
         layer_weight=255.0**-4,

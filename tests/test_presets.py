@@ -84,7 +84,7 @@ CONTENT = {
     "neural_style_pt": lambda f, t: 5 * F.mse_loss(f, t),
     "pytorch_examples": lambda f, t: 1e5 * F.mse_loss(f, t),
     "pystiche": F.mse_loss,
-    "piq": F.mse_loss,
+    "piq": lambda f, t: 256 * F.mse_loss(f, t),  # a sum over the 256 channels of relu3_3
 }
 VARIATION = {
     "jcjohnson": lambda x: 1e-3 * sum(d.square().sum() / 2 for d in (x.diff(dim=2), x.diff(dim=3))),

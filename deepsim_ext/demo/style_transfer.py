@@ -24,6 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import functional, reference
+from ..stylize.pictures import to_array, to_tensor
+from ..vgg import VGG19Features
 from . import torch_versions
 from .memory import peak_extra_bytes
 from .report import (
@@ -35,7 +37,6 @@ from .report import (
     relative_differences,
     timed_loss,
 )
-from .vgg19 import VGG19, deprocess, preprocess
 
 # Where the paper writes conv1_1, ... it means the rectified response: in Caffe the ReLU works in place.
 STYLE_LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
@@ -49,17 +50,21 @@ CURVES_TOLERANCE = 0.1  # 2 % measured
 
 
 def transfer(
-    style_loss: MeasuredLoss, network: VGG19, content: Tensor, style: Tensor, steps: int, name: str
+    style_loss: MeasuredLoss,
+    network: VGG19Features,
+    content: Tensor,
+    style: Tensor,
+    steps: int,
+    name: str,
 ) -> tuple[Tensor, list[float]]:
     """Starts from the content picture; returns the image and the total loss at each of the evaluations."""
-    layers = [*STYLE_LAYERS, CONTENT_LAYER]
     with torch.no_grad():
-        targets = [reference.gram_matrix(f) for f in network(style, STYLE_LAYERS)]
-        content_target = network(content, [CONTENT_LAYER])[0]
+        targets = [reference.gram_matrix(f) for f in style_features(network, style)]
+        content_target = network(content)[CONTENT_LAYER]
     # torch's L-BFGS opens with a step whose absolute values sum up to 1 and takes its first idea of the
     # curvature from there. In grey levels that step would drown in rounding; in these units it changes
     # a pixel by one level on average.
-    unit = content.numel()
+    unit = content.numel() / 255
     parameter = (content / unit).requires_grad_()
     losses: list[float] = []
     # With tolerances of 0 it takes exactly `steps` evaluations.
@@ -70,7 +75,8 @@ def transfer(
 
         def closure() -> float:
             parameter.grad = None
-            *features, content_features = network(unit * parameter, layers)
+            found = network(unit * parameter)
+            features, content_features = [found[layer] for layer in STYLE_LAYERS], found[CONTENT_LAYER]
             style_value, gradients = style_loss(
                 features, lambda loss, fs: loss(fs, targets, weights=STYLE_WEIGHTS)
             )
@@ -91,9 +97,9 @@ def transfer(
 def run(output: Path, *, quick: bool = False) -> Part:
     """Stylises the picture with both versions, writes the figures, and compares."""
     side, steps = (96, 8) if quick else (224, 80)
-    network = VGG19(pooling="average")  # as the paper advises
+    network = VGG19Features([*STYLE_LAYERS, CONTENT_LAYER], pooling="average")  # as the paper advises
     pictures = [resized(picture, side) for picture in (data.astronaut(), data.immunohistochemistry())]
-    content, style = map(preprocess, pictures)
+    content, style = (to_tensor(picture)[None] for picture in pictures)
 
     loss = MeasuredLoss(functional.style_loss, reference.style_loss)
     image, losses = transfer(loss, network, content, style, steps, "deepsim_ext")
@@ -102,7 +108,7 @@ def run(output: Path, *, quick: bool = False) -> Part:
 
     along = relative_differences(loss.values, loss.expected_values)
     apart = relative_differences(losses, reference_losses)
-    result = deprocess(image)
+    result = to_array(image[0])
     Image.fromarray(result).save(output / "style_result.png")
     return Part(
         "Style transfer",
@@ -126,7 +132,7 @@ def run(output: Path, *, quick: bool = False) -> Part:
         figures=[
             "style_result.png",
             _plot_result(
-                [*pictures, result, deprocess(reference_image)], losses, reference_losses, along, output
+                [*pictures, result, to_array(reference_image[0])], losses, reference_losses, along, output
             ),
         ],
         numbers={
@@ -136,6 +142,12 @@ def run(output: Path, *, quick: bool = False) -> Part:
             "reference_style_losses_on_the_same_features": loss.expected_values,
         },
     )
+
+
+def style_features(network: VGG19Features, picture: Tensor) -> list[Tensor]:
+    """One [B, C, H, W] per style layer."""
+    found = network(picture)
+    return [found[layer] for layer in STYLE_LAYERS]
 
 
 def resized(picture: np.ndarray, side: int) -> np.ndarray:
@@ -155,11 +167,11 @@ def _transfer_row(loss: MeasuredLoss, side: int, apart: float) -> Row:
     )
 
 
-def _eager_row(network: VGG19, style: Tensor, content: Tensor, side: int) -> Row:
+def _eager_row(network: VGG19Features, style: Tensor, content: Tensor, side: int) -> Row:
     """One call on the features of the content picture, against the usual eager version."""
     with torch.no_grad():
-        targets = [reference.gram_matrix(f) for f in network(style, STYLE_LAYERS)]
-        features = network(content, STYLE_LAYERS)
+        targets = [reference.gram_matrix(f) for f in style_features(network, style)]
+        features = style_features(network, content)
 
     def ours(fs: list[Tensor]) -> Tensor:
         return functional.style_loss(fs, targets, weights=STYLE_WEIGHTS)
