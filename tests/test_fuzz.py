@@ -285,13 +285,26 @@ def normalization(d: Draw) -> Any:
     return d.number() if d.pick(True, False) else d.name("none", "hw", "chw", "bchw")
 
 
+def mask_of(d: Draw, features: Any) -> Any:
+    """A mask for features of one layer or several, or none."""
+    if isinstance(features, list | tuple):
+        return d.pick(None, [mask_of(d, f) for f in features])
+    dense = isinstance(features, Tensor) and not features.is_nested and features.layout is torch.strided
+    if d.bad() or not dense or features.ndim < 3 or features.numel() > 10**6:
+        return d.junk()
+    batch = d.pick((), (1,), features.shape[:1])
+    shape = (*batch, *features.shape[2:])
+    return d.pick(None, torch.rand(shape, generator=d.generator) < 0.5, d.floats(*shape))
+
+
 def gram(d: Draw) -> Call:
     f, normalize = d.floats(*feature_shape(d)), normalization(d)
+    mask = mask_of(d, f)
 
     def check(result: Any) -> bool:
         return is_tensor(result, (f.shape[0], f.shape[1], f.shape[1]))
 
-    return with_backward(lambda: deepsim_ext.gram_matrix(f, normalize=normalize)), check
+    return with_backward(lambda: deepsim_ext.gram_matrix(f, normalize=normalize, mask=mask)), check
 
 
 def layers(d: Draw, one: Callable[[], tuple[Any, Any]]) -> list[Any]:
@@ -316,6 +329,7 @@ def style(d: Draw) -> Call:
 
     features, targets, weights = layers(d, one)
     options = {
+        "mask": mask_of(d, features),
         "normalize": normalization(d),
         "reduction": d.name("mean", "sum", "gatys"),
         "distance": d.name("l2", "l1", "frobenius"),
@@ -335,6 +349,30 @@ def content(d: Draw) -> Call:
         lambda: deepsim_ext.content_loss(features, targets, weights=weights, reduction=reduction)
     )
     return call, lambda result: is_tensor(result, ())
+
+
+def total_variation(d: Draw) -> Call:
+    image = d.floats(*feature_shape(d))
+    options = {"distance": d.name("l2", "l1"), "reduction": d.name("mean", "sum")}
+    call = with_backward(lambda: deepsim_ext.total_variation_loss(image, **options))
+    return call, lambda result: is_tensor(result, ())
+
+
+def accumulated(d: Draw) -> Call:
+    shape, normalize = feature_shape(d), normalization(d)
+    chunks = [d.floats(*shape[:2], *feature_shape(d)[2:], dtype=torch.float32) for _ in range(d.size(3))]
+
+    def call() -> Any:
+        accumulator = deepsim_ext.GramAccumulator(normalize=normalize)
+        for chunk in chunks:
+            accumulator.update(chunk)
+        gram = accumulator.result()
+        return gram, accumulator.gradient(chunks[0], torch.ones_like(gram))
+
+    def check(result: Any) -> bool:
+        return is_tensor(result[0], (shape[0], shape[1], shape[1])) and is_tensor(result[1], chunks[0].shape)
+
+    return call, check
 
 
 def with_backward(call: Callable[[], Any]) -> Callable[[], Any]:
@@ -439,6 +477,8 @@ FUNCTIONS = (
     style,
     style,
     content,
+    total_variation,
+    accumulated,
 )
 # The backward op more often: it is handed the indices that it reads by.
 OPS = (mine_op, triplet_loss_op, *(triplet_loss_backward_op,) * 3, gram_op, gram_backward_op, style_op)

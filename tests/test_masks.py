@@ -123,6 +123,12 @@ def test_a_constant_mask_changes_nothing(dtype, value):
         assert dtype not in (torch.float32, torch.float64) or torch.equal(bools, gram_matrix(f))
 
 
+def test_samples_scale_by_themselves():
+    f, mask = torch.randn(2, 3, 4, 5), torch.rand(4, 5)
+    apart = torch.stack([mask, 1e-30 * mask])
+    torch.testing.assert_close(gram_matrix(f, mask=apart), gram_matrix(f, mask=mask))
+
+
 def test_regions_of_any_area_compare():
     """A region has the Gram matrix of a picture of its own, per position."""
     f = torch.randn(2, 5, 8, 8, dtype=torch.float64)

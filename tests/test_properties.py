@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deepsim_ext import (
+    GramAccumulator,
     batch_hard_mine,
     batch_hard_triplet_loss,
     content_loss,
@@ -480,6 +481,43 @@ def test_gram_is_the_sum_over_chunks_of_positions(features, chunk):
     gram = gram_matrix(f, normalize="none")
     parts = sum(gram_matrix(part, normalize="none") for part in f.split(max(chunk, f.shape[2] // 8), dim=2))
     assert (parts - gram).norm() <= ROUNDING[gram.dtype] * gram.norm()
+
+
+@given(feature_maps(), normalizations, st.integers(1, 50))
+def test_accumulated_chunks_are_the_whole_and_so_is_their_gradient(features, normalize, chunk):
+    f, exact = leaves(features)
+    parts = f.flatten(2).split(max(chunk, f[0, 0].numel() // 8), dim=2)
+    accumulator = GramAccumulator(normalize=normalize)
+    with torch.no_grad():
+        for part in parts:
+            accumulator.update(part)
+    gram, expected = accumulator.result(), reference.gram_matrix(exact, normalize=normalize)
+    rounding = ROUNDING[gram.dtype]
+    assert (gram - expected).norm() <= 2 * rounding * expected.norm()
+    incoming = torch.randn(gram.shape, generator=torch.Generator().manual_seed(0), dtype=gram.dtype)
+    (grad,) = torch.autograd.grad(expected, exact, incoming.double())
+    scale = 2.0 ** grad.abs().max().log2().round().neg().item() if grad.any() else 1.0
+    torch.autograd.backward(parts, [accumulator.gradient(part, incoming * scale) for part in parts])
+    assert (f.grad.double() - grad * scale).norm() <= 2 * ROUNDING[f.dtype] * grad.norm() * scale
+
+
+@given(feature_maps(), normalizations, st.integers(0, 99))
+def test_gram_of_a_region_is_that_of_its_positions_alone(features, normalize, seed):
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.rand(features.shape[2:], generator=g) < 0.5
+    gram = gram_matrix(features, normalize=normalize, mask=mask)
+    if not mask.any():
+        assert not gram.any()
+        return
+    n, inside = mask.numel(), features.flatten(2)[:, :, mask.flatten()]
+    expected = reference.gram_matrix(inside.double(), normalize="hw")
+    expected *= n / _divisor(features, normalize)
+    assert (gram - expected).norm() <= 3 * ROUNDING[gram.dtype] * expected.norm()
+
+
+def _divisor(features: Tensor, normalize: str | float) -> float:
+    b, c, n = features.flatten(2).shape
+    return {"none": 1, "hw": n, "chw": c * n, "bchw": b * c * n}.get(normalize, normalize)
 
 
 differences = st.one_of(

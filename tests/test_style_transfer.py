@@ -298,6 +298,7 @@ def test_targets_set_in_inference_mode_take_part_in_training():
     with torch.inference_mode():
         criterion = ready()
         criterion.add_region(torch.ones(12, 16), features(seed=1))
+    assert not any(t.is_inference() for t in criterion.buffers())
     f = leaves(features())
     criterion(f).backward()
     assert f["conv1"].grad.any()
@@ -341,7 +342,10 @@ def test_targets_go_to_the_dtype_of_the_features():
     expected = criterion(features())
     assert criterion(single).dtype == torch.float32
     torch.testing.assert_close(criterion(single).double(), expected, rtol=1e-5, atol=0)
-    criterion.float()
+    # A target in float32 is not rounded to half where the features are.
+    halves = {n: f.bfloat16() for n, f in features().items()}
+    exact = ready()({n: f.double() for n, f in halves.items()})
+    torch.testing.assert_close(criterion.float()(halves).double(), exact, rtol=1e-5, atol=0)
     assert {t.dtype for t in criterion.buffers()} == {torch.float32}
     assert criterion(features()).dtype == torch.float64
 
@@ -442,6 +446,14 @@ def test_moves_with_to():
     criterion = with_regions().to("meta")
     assert {t.device.type for t in criterion.buffers()} == {"meta"}
     assert criterion({n: f.to("meta") for n, f in features().items()}).device.type == "meta"
+
+
+@pytest.mark.filterwarnings("ignore:.*non-meta parameter")
+def test_loaded_targets_stay_on_the_device_of_the_module():
+    criterion, state = ready().to("meta"), with_regions().state_dict()
+    criterion.load_state_dict(state)
+    assert {t.device.type for t in criterion.buffers()} == {"meta"}
+    assert {t.device.type for t in state.values() if isinstance(t, Tensor)} == {"cpu"}
 
 
 # ---- transforms --------------------------------------------------------------------------------------------

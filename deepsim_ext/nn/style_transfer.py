@@ -28,7 +28,7 @@ class StyleTransferLoss(nn.Module):
 
     where `network` returns features by layer name, {"conv1_1": [B, C, *spatial], ...}, with 1 to 3 spatial
     dimensions. Targets are computed once, without gradient, and are buffers: `.to()` moves them, the
-    state_dict has them, and a module of the same layers that has none yet loads them.
+    state_dict has them, and a module of the same layers that has none yet loads them, on their device.
 
     A target of one sample holds for every image of a batch, one of B samples for its own. Gram matrices are
     kept per position and get the factor of `normalize` where they meet the image: pictures of any size are a
@@ -171,7 +171,6 @@ class StyleTransferLoss(nn.Module):
     def set_content(self, features: Mapping[str, Tensor]) -> None:
         """The content to keep: features of the size of the image's."""
         checks.layer_tensors(f"{type(self).__name__}.set_content", "features", features, self.content_layers)
-        self._forget("content")
         for i, layer in enumerate(self.content_layers):
             self.register_buffer(f"content_{i}", _no_grad_copy(features[layer]))
 
@@ -243,8 +242,7 @@ class StyleTransferLoss(nn.Module):
             self.register_buffer(f"gram_{style}_{i}", gram)
         if mask is not None:
             self.register_buffer(f"mask_{style}", mask)
-        if grams:
-            self._region_weights.append(weight)
+        self._region_weights.append(weight)
 
     def _forget(self, *kinds: str) -> None:
         for name in list(self._buffers):
@@ -357,9 +355,11 @@ class StyleTransferLoss(nn.Module):
             if missing:
                 missing_keys += [f"{prefix}{name}" for name in missing]
                 return
+            here = next(self.buffers(), None)
+            device = None if here is None else here.device
             self.reset()
             for name in targets:
-                self.register_buffer(name, torch.empty_like(state_dict[f"{prefix}{name}"]))
+                self.register_buffer(name, torch.empty_like(state_dict[f"{prefix}{name}"], device=device))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

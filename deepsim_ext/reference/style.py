@@ -111,7 +111,7 @@ def masked(features: Tensor, mask: Tensor | None) -> Tensor:
     m = m / peak.masked_fill(peak == 0, 1)
     squares = m.square().sum(dim=1, keepdim=True)
     m = m * (m.shape[1] / squares.masked_fill(squares == 0, 1)).sqrt()
-    return features.to(dtype) * m.reshape(mask.shape)[:, None]
+    return features * m.reshape(mask.shape)[:, None]  # in the wider dtype of the two, the mask's
 
 
 def root(x: Tensor) -> Tensor:
