@@ -36,18 +36,16 @@ def layers_of(preset: StylePreset) -> list[str]:
 
 @pytest.fixture(scope="module")
 def pictures() -> list[Features]:
-    """Of astronaut, of immunohistochemistry, and of astronaut with noise: convolutions at Caffe's scale."""
+    """Of astronaut, which is content and style, and of immunohistochemistry: convolutions, Caffe's scale."""
     from skimage import data
 
     names = {layer.replace("relu", "conv") for name in _PRESETS for layer in layers_of(style_preset(name))}
     network = VGG19Features(sorted(names))
     assert network.scale == "caffe"
-    content, style = (to_tensor(picture)[None] for picture in (data.astronaut(), data.immunohistochemistry()))
-    generator = torch.Generator().manual_seed(0)
-    image = (content + 0.1 * torch.randn(content.shape, generator=generator)).clamp(0, 1)
-    assert image.shape == style.shape == (1, 3, 512, 512)
+    images = [to_tensor(picture)[None] for picture in (data.astronaut(), data.immunohistochemistry())]
+    assert {tuple(image.shape) for image in images} == {(1, 3, 512, 512)}
     with torch.no_grad():
-        return [network(picture) for picture in (content, style, image)]
+        return [network(image) for image in images]
 
 
 def of_preset(picture: Features, preset: StylePreset) -> Features:
@@ -60,7 +58,7 @@ def of_preset(picture: Features, preset: StylePreset) -> Features:
     return found
 
 
-def plain(preset: StylePreset, content: Features, style: Features, image: Features) -> Tensor:
+def plain(preset: StylePreset, target: Features, image: Features) -> Tensor:
     """The loss by the usual idioms, in whatever dtype comes."""
 
     def gram(f: Tensor) -> Tensor:
@@ -72,7 +70,7 @@ def plain(preset: StylePreset, content: Features, style: Features, image: Featur
     style_value = content_value = 0.0
     for layer in preset.style_layers:
         f = image[layer]
-        difference = gram(f) - gram(style[layer])
+        difference = gram(f) - gram(target[layer])
         if preset.distance == "frobenius":
             value = difference.square().sum().sqrt()
         else:
@@ -82,7 +80,7 @@ def plain(preset: StylePreset, content: Features, style: Features, image: Featur
             value = value / (4 * f.shape[1] ** 2 * f.shape[2:].numel() ** 2)
         style_value = style_value + preset.layer_weight * value
     for layer in preset.content_layers:
-        square = (image[layer] - content[layer]).square()
+        square = (image[layer] - target[layer]).square()
         content_value = (
             content_value
             + {
@@ -95,10 +93,10 @@ def plain(preset: StylePreset, content: Features, style: Features, image: Featur
     return preset.style_weight * style_value + preset.content_weight * content_value
 
 
-def ours(preset: StylePreset, content: Features, style: Features, image: Features) -> Tensor:
+def ours(preset: StylePreset, target: Features, image: Features) -> Tensor:
     criterion = StyleTransferLoss.from_preset(preset, tv_weight=0.0)
-    criterion.set_content(content)
-    criterion.set_style(style)
+    criterion.set_content(target)
+    criterion.set_style(target)
     return criterion(image)
 
 
@@ -107,23 +105,25 @@ def ours(preset: StylePreset, content: Features, style: Features, image: Feature
 def test_loss_and_gradient_are_right_where_plain_torch_overflows(pictures, name, autocast):
     preset = style_preset(name)
     dtype = torch.float32 if autocast else torch.float16
-    content, style, image = (
+    target, image = (
         {layer: f.to(dtype) for layer, f in of_preset(picture, preset).items()} for picture in pictures
     )
-    exact = [{layer: f.double() for layer, f in picture.items()} for picture in (content, style, image)]
-    exact_leaves = [f.requires_grad_() for f in exact[2].values()]
+    exact = [{layer: f.double() for layer, f in picture.items()} for picture in (target, image)]
+    exact_leaves = [f.requires_grad_() for f in exact[1].values()]
     expected = plain(preset, *exact)
     expected_gradients = torch.autograd.grad(expected, exact_leaves)
     scale = LARGEST / max(gradient.abs().max().item() for gradient in expected_gradients)
 
     with torch.autocast("cpu", torch.float16, enabled=autocast):
         with torch.no_grad():
-            assert not plain(preset, content, style, image).isfinite()
+            assert not plain(preset, target, image).isfinite()
         leaves = [f.requires_grad_() for f in image.values()]
-        found = ours(preset, content, style, image)
+        found = ours(preset, target, image)
         gradients = torch.autograd.grad(scale * found, leaves)
     assert found.dtype == torch.float32
     assert abs(found.item() - expected.item()) <= 1e-3 * expected.item()
     for layer, gradient, right in zip(image, gradients, expected_gradients, strict=True):
         assert gradient.dtype == dtype and gradient.isfinite().all(), layer
-        assert (gradient.double() - scale * right).norm() <= 1e-3 * scale * right.norm(), layer
+        # Half has no digits below 2^-24, whatever computes: a content term beside a far larger style term.
+        lost = 2.0**-25 * right.numel() ** 0.5 if dtype == torch.float16 else 0.0
+        assert (gradient.double() - scale * right).norm() <= 1e-3 * scale * right.norm() + lost, layer

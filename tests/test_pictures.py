@@ -334,6 +334,14 @@ def test_what_breaks_off_leaves_the_old_file(tmp_path):
     assert os.listdir(tmp_path) == ["a.bin"] and path.read_bytes() == b"old"
 
 
+def test_who_reads_while_a_file_is_written_has_the_old_one(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    with path.open("rb") as reader:
+        write_beside(path, lambda file: file.write(b"new"))
+        assert reader.read() == b"old" and path.read_bytes() == b"new"
+
+
 # ---- sizes and luminance -----------------------------------------------------------------------------------
 
 

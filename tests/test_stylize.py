@@ -131,6 +131,7 @@ def test_adam(options):
 
 def test_what_came_in_is_left_as_it_was():
     before = [CONTENT.clone(), STYLE.clone(), OTHER.clone()]
+    stylized()  # of the size that it works at: nothing is resized
     stylized(start=OTHER, styles=[STYLE, OTHER], content_masks=[CONTENT[0]] * 2)
     stylized(preserve_colors=True)
     assert all(map(torch.equal, before, (CONTENT, STYLE, OTHER)))

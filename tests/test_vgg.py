@@ -159,7 +159,8 @@ def test_autocast_and_half_weights(dtype):
     expected = network(picture)["relu2_2"]
     with torch.autocast("cpu", dtype):
         found = network(picture)["relu2_2"]
-    halved = random_features("relu2_2").to(dtype)(picture.to(dtype))["relu2_2"]
+    halved = random_features("relu2_2").to(dtype)(picture)["relu2_2"]  # pictures of any dtype
+    assert network(picture.to(dtype))["relu2_2"].dtype == torch.float32
     for features in (found, halved):
         assert features.dtype == dtype
         assert (features - expected).norm() < 0.03 * expected.norm()
