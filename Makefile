@@ -26,7 +26,8 @@ test-fast: $(VENV)/built
 # The CUDA kernels on CPU tensors, by the emulator: small batches by direct differences, then every batch by tiles of either kind.
 # What takes minutes there and differs in no kernel from the rest is left out; so is half of what both kinds of tiles share.
 EMULATED := not gradcheck or (gradcheck and mean and not nonzero and l2) or (gradcheck and sum and soft)
-EMULATED_GRAM := ($(EMULATED)) and not (37.5 or none or bchw) and not gatys and not (mean and l1) and not (sum and l2)
+EMULATED_GRAM := not (gradcheck or double_backward or test_gram.py and opcheck or 37.5 or none or bchw or gatys)
+EMULATED_GRAM := $(EMULATED_GRAM) and not (mean and l1) and not (sum and l2)
 EMULATED_PAIRS := (values and (all-mean_nonzero or window-mean or semi_hard-soft or contrastive-mean_nonzero) and (cosine-float64 or -euclidean-float16))
 EMULATED_PAIRS := $(EMULATED_PAIRS) or whole_numbers or duplicates or cancels or margins or (nan_or_inf and bfloat16 and nan)
 EMULATED_STRATEGIES := (brute_force or values) and cosine-float64 or minus_one and euclidean
