@@ -7,6 +7,8 @@ TORCH ?= torch==2.13.0
 
 VENV := .venv
 BIN := $(VENV)/bin
+# A process for each core; their threads do not spin where they wait for each other.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n auto
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .PHONY: demo test test-fast test-emulated lint cuda-check sanitize gpu-check bench bench-check scaling clean FORCE
@@ -15,11 +17,11 @@ demo: $(VENV)/built
 	$(BIN)/python -m deepsim_ext demo
 
 test: $(VENV)/built lint cuda-check sanitize
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 	$(MAKE) --no-print-directory test-emulated
 
 test-fast: $(VENV)/built
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # The CUDA kernels on CPU tensors, by the emulator: small batches by direct differences, then every batch by tiles of either kind.
 # What takes minutes there and differs in no kernel from the rest is left out; so is half of what both kinds of tiles share.
@@ -29,13 +31,13 @@ EMULATED_PAIRS := (values and (all-mean_nonzero or window-mean or semi_hard-soft
 EMULATED_PAIRS := $(EMULATED_PAIRS) or whole_numbers or duplicates or cancels or margins or (nan_or_inf and bfloat16 and nan)
 EMULATED_STRATEGIES := (brute_force or values) and cosine-float64 or minus_one and euclidean
 test-emulated: $(VENV)/built
-	$(BIN)/python -m pytest -q --emulated tests/test_batch_hard.py -k "$(EMULATED)"
-	DEEPSIM_CUDA_MINING=mma $(BIN)/python -m pytest -q --emulated tests/test_batch_hard.py -k "selection or ties or euclidean-float32"
-	DEEPSIM_CUDA_MINING=wgmma $(BIN)/python -m pytest -q --emulated tests/test_batch_hard.py -k "not gradcheck"
-	$(BIN)/python -m pytest -q --emulated tests/test_gram.py -k "$(EMULATED_GRAM)"
-	$(BIN)/python -m pytest -q --emulated tests/test_nearest_neighbors.py -k "not opcheck"
-	$(BIN)/python -m pytest -q --emulated tests/test_all_pairs.py -k "$(EMULATED_PAIRS)"
-	$(BIN)/python -m pytest -q --emulated tests/test_mining_strategies.py -k "$(EMULATED_STRATEGIES)"
+	$(PYTEST) --emulated tests/test_batch_hard.py -k "$(EMULATED)"
+	DEEPSIM_CUDA_MINING=mma $(PYTEST) --emulated tests/test_batch_hard.py -k "selection or ties or euclidean-float32"
+	DEEPSIM_CUDA_MINING=wgmma $(PYTEST) --emulated tests/test_batch_hard.py -k "not gradcheck"
+	$(PYTEST) --emulated tests/test_gram.py tests/test_style.py -k "$(EMULATED_GRAM)"
+	$(PYTEST) --emulated tests/test_nearest_neighbors.py -k "not opcheck"
+	$(PYTEST) --emulated tests/test_all_pairs.py -k "$(EMULATED_PAIRS)"
+	$(PYTEST) --emulated tests/test_mining_strategies.py -k "$(EMULATED_STRATEGIES)"
 
 # What nvcc makes of the CUDA kernels; where there is no nvcc they are not built either.
 cuda-check: $(VENV)/built

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.check`: have the losses become slower? Compares with the record in results/cpu.json.
+"""`python -m benchmarks.check`: have the losses become slower? Compares with the records in results/.
 
 What is compared are ratios to one product measured in the same run, never times. A ratio that is more than
 15 % above the recorded one is measured again, up to three times in all: a loss of speed stays, a neighbour's
@@ -19,7 +19,7 @@ from . import bench_batch_hard, bench_style
 from .environment import environment
 from .timing import Record, add_rates, measure
 
-BASELINE = Path(__file__).parent / "results" / "cpu.json"
+BASELINES = Path(__file__).parent / "results"
 SAME = ("cpu", "threads", "torch", "cpu_kernels", "omp_proc_bind")  # what makes ratios comparable
 LOSS, ATTEMPTS, SECONDS = 0.15, 3, 1.0
 
@@ -58,9 +58,9 @@ CASES: dict[tuple[str, str], Callable[[], float]] = {
 }
 
 
-def recorded_ratios(result: Record) -> dict[tuple[str, str], float]:
+def recorded_ratios(result: Record) -> dict[str, float]:
     return {
-        (r["op"], r["case"]): r["product_ratio"]
+        r["case"]: r["product_ratio"]
         for r in result["records"]
         if r["contender"] == "deepsim_ext" and r.get("phase") == "both"
     }
@@ -68,27 +68,35 @@ def recorded_ratios(result: Record) -> dict[tuple[str, str], float]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.check", description=__doc__)
-    parser.add_argument("--baseline", type=Path, default=BASELINE, help="a record of benchmarks.run")
+    parser.add_argument(
+        "--baselines", type=Path, default=BASELINES, help="folder of benchmarks.run's records"
+    )
     options = parser.parse_args(arguments)
-    baseline = json.loads(options.baseline.read_text())
-    here = environment()
-    different = [key for key in SAME if here[key] != baseline["environment"][key]]
-    if different:
-        there = ", ".join(f"{key} {baseline['environment'][key]!r}, here {here[key]!r}" for key in different)
-        print(f"bench-check: the record is of another machine ({there}); make one here with `make bench`")
-        return 2
-    recorded, lost = recorded_ratios(baseline), 0
-    for (op, case), measured in CASES.items():
-        limit = (1 + LOSS) * recorded[op, case]
-        ratios: list[float] = []
-        while len(ratios) < ATTEMPTS and (not ratios or min(ratios) > limit):
-            ratios.append(measured())
-        slower = min(ratios) > limit
-        lost += slower
-        found = ", ".join(f"{ratio:.3f}" for ratio in ratios)
-        verdict = "SLOWER" if slower else "ok"
-        print(f"{verdict:7}{op} {case}: {found} of a product, recorded {recorded[op, case]:.3f}")
+    here, lost = environment(), 0
+    for op in dict.fromkeys(op for op, _ in CASES):
+        baseline = json.loads((options.baselines / f"cpu-{op}.json").read_text())
+        different = [key for key in SAME if here[key] != baseline["environment"][key]]
+        if different:
+            there = ", ".join(
+                f"{key} {baseline['environment'][key]!r}, here {here[key]!r}" for key in different
+            )
+            print(f"bench-check: the record of {op} is of another machine ({there}): `make bench`")
+            return 2
+        recorded = recorded_ratios(baseline)
+        for case, measured in ((case, measured) for (o, case), measured in CASES.items() if o == op):
+            lost += is_slower(f"{op} {case}", measured, recorded[case])
     return int(lost > 0)
+
+
+def is_slower(name: str, measured: Callable[[], float], recorded: float) -> bool:
+    """Measures until it is fast enough, or a few times, and says what was found."""
+    limit, ratios = (1 + LOSS) * recorded, [measured()]
+    while len(ratios) < ATTEMPTS and min(ratios) > limit:
+        ratios.append(measured())
+    slower = min(ratios) > limit
+    found = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+    print(f"{'SLOWER' if slower else 'ok':7}{name}: {found} of a product, recorded {recorded:.3f}")
+    return slower
 
 
 if __name__ == "__main__":

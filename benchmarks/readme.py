@@ -1,7 +1,6 @@
 """`python -m benchmarks.readme`: writes the README's figures from the records in results/.
 
-cpu.json is of `python -m benchmarks.run`, cpu-all_pairs.json of the same with `--only all_pairs`, and
-hardness.json of `python -m benchmarks.hardness`.
+cpu-<op>.json are of `python -m benchmarks.run`, hardness.json of `python -m benchmarks.hardness`.
 """
 
 from __future__ import annotations
@@ -11,16 +10,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from . import bench_all_pairs, hardness
+from . import bench_all_pairs, bench_style, bench_stylize, hardness
 from .report import Record, table
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-RESULT = Path(__file__).parent / "results" / "cpu.json"
-ALL_PAIRS_RESULT = RESULT.with_name("cpu-all_pairs.json")
-BEGIN, END = "<!-- figures: python -m benchmarks.readme -->\n", "<!-- end of figures -->\n"
-ALL_PAIRS_BEGIN, ALL_PAIRS_END = BEGIN.replace("figures", "all pairs"), END.replace("figures", "all pairs")
-HARDNESS_BEGIN, HARDNESS_END = BEGIN.replace("figures", "hardness"), END.replace("figures", "hardness")
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- {}: python -m benchmarks.readme -->\n", "<!-- end of {} -->\n"
 
 BATCH_HARD_CASES = [f"N={n} D={d} float32" for d in (128, 512) for n in (256, 1024, 4096, 8192)]
 ALL_PAIRS_CASES = [
@@ -28,7 +24,11 @@ ALL_PAIRS_CASES = [
     for n in bench_all_pairs.SIZES
     for loss in bench_all_pairs.OURS
 ]
-STYLE_CASES = [f"{size}x{size} all layers" for size in (256, 512)]
+STYLE_CASES = [
+    bench_style.case_name(size, batch=batch)
+    for batch in bench_style.BATCHES
+    for size in bench_style.IMAGE_SIZES
+]
 BATCH_HARD_RIVALS = ["torch eager", "torch.compile", "torch row-chunked", "pytorch-metric-learning"]
 ALL_PAIRS_RIVALS = ["torch eager", "pytorch-metric-learning", "sentence-transformers"]
 STYLE_RIVALS = ["torch eager", "torch.compile", "one-GEMM Function"]
@@ -41,21 +41,44 @@ def _where(result: dict[str, Any]) -> str:
     )
 
 
-def section(result: dict[str, Any]) -> str:
-    """Two Markdown tables and a line that says where they were measured."""
+def batch_hard_section(result: dict[str, Any]) -> str:
+    """A line that says where it was measured, and a table."""
     return "\n".join(
         [
             f"Forward + backward, float32, {_where(result)}. Medians of interleaved runs in one process."
-            " *mm* is one `torch.mm(X, X.T)`, for the style loss the products `F @ F.T` of all layers."
-            " *× faster* is against each rival. *MiB* is the peak beyond the input, gradient included.",
+            " *mm* is one `torch.mm(X, X.T)`. *× faster* is against each rival. *MiB* is the peak beyond the"
+            " input, gradient included.",
             "",
             *_table(result["records"], "batch_hard", BATCH_HARD_CASES, BATCH_HARD_RIVALS),
             "",
-            "Style loss over VGG19's conv1_1 … conv5_1 for a picture of the given size:",
+        ]
+    )
+
+
+def style_section(result: dict[str, Any]) -> str:
+    """A line that says where it was measured, and a table."""
+    return "\n".join(
+        [
+            f"Style loss over VGG19's conv1_1 … conv5_1 of pictures, {_where(result)}; *mm* is the products"
+            " `F @ F.T` of all layers:",
             "",
-            *_table(result["records"], "style", STYLE_CASES, STYLE_RIVALS),
+            *_table(result["records"], bench_style.NAME, STYLE_CASES, STYLE_RIVALS),
             "",
         ]
+    )
+
+
+def stylize_section(result: dict[str, Any]) -> str:
+    """What the style loss is worth within a whole step."""
+    records = result["records"]
+    times = {r["contender"]: r["p50_ms"] for r in records if r.get("phase") == "both"}
+    peaks = {r["contender"]: r["peak_bytes"] / 2**20 for r in records if "peak_bytes" in r}
+    ours, eager = "deepsim_ext", "torch eager"
+    side = bench_stylize.SIDE
+    return (
+        "Nearly all of a step of style transfer is VGG19 itself: at"
+        f" {side}x{side} forward, losses and gradient take {times[ours]:.0f} ms and {peaks[ours]:.0f} MiB,"
+        f" with torch's style loss {times[eager]:.0f} ms and {peaks[eager]:.0f} MiB ({_where(result)}).\n"
     )
 
 
@@ -126,20 +149,29 @@ def _worst(records: list[Record], key: str) -> str:
     return hardness.as_text(max(errors, key=lambda error: (math.isnan(error), error)))
 
 
-def with_section(text: str, new: str, begin: str = BEGIN, end: str = END) -> str:
-    """`text` with what stands between the markers replaced."""
+def with_section(text: str, name: str, new: str) -> str:
+    """`text` with what stands between the markers of `name` replaced."""
+    begin, end = BEGIN.format(name), END.format(name)
     before, rest = text.split(begin)
     _, after = rest.split(end)
     return before + begin + new + end + after
 
 
+# Each section by its markers' name, and the record that it is made from.
+SECTIONS = {
+    "batch-hard": (batch_hard_section, RESULTS / "cpu-batch_hard.json"),
+    "style": (style_section, RESULTS / "cpu-style.json"),
+    "stylize": (stylize_section, RESULTS / "cpu-stylize.json"),
+    "all pairs": (all_pairs_section, RESULTS / "cpu-all_pairs.json"),
+    "hardness": (hardness_section, hardness.RESULT),
+}
+
+
 def with_figures(text: str) -> str:
     """`text` with every section replaced by what the records say."""
-    text = with_section(text, section(json.loads(RESULT.read_text())))
-    new = all_pairs_section(json.loads(ALL_PAIRS_RESULT.read_text()))
-    text = with_section(text, new, ALL_PAIRS_BEGIN, ALL_PAIRS_END)
-    new = hardness_section(json.loads(hardness.RESULT.read_text()))
-    return with_section(text, new, HARDNESS_BEGIN, HARDNESS_END)
+    for name, (section, path) in SECTIONS.items():
+        text = with_section(text, name, section(json.loads(path.read_text())))
+    return text
 
 
 if __name__ == "__main__":

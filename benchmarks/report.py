@@ -112,24 +112,22 @@ def _memory_rows(records: list[Record]) -> list[list[str]]:
 
 
 def markdown(environment: Record, records: list[Record], bars: list[Bar]) -> str:
-    """The whole report."""
+    """The whole report of one op."""
     time_header = ["case", "contender", "forward ms", "backward ms", "both ms", "p20–p80", "runs", "GFLOP/s"]
     time_header += ["× product", "× faster than eager", "error: value, gradient", "right"]
     memory_header = ["case", "contender", "peak MiB", "less what is allowed MiB"]
     parts = [
-        "# Benchmark\n",
+        f"# Benchmark: {records[0]['op']}\n" if records else "# Benchmark\n",
         "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in environment.items()) + "\n",
         EXPLANATION,
     ]
-    for op in dict.fromkeys(r["op"] for r in records):
-        times = [r for r in records if r["op"] == op and r["kind"] == "time"]
-        memory = [r for r in records if r["op"] == op and r["kind"] == "memory"]
-        parts += [f"## {op}: time\n", table(time_header, _time_rows(times))]
-        if memory:
-            parts += [
-                f"## {op}: peak memory of forward + backward, beyond the input\n",
-                table(memory_header, _memory_rows(memory)),
-            ]
+    memory = [r for r in records if r["kind"] == "memory"]
+    parts += ["## Time\n", table(time_header, _time_rows([r for r in records if r["kind"] == "time"]))]
+    if memory:
+        parts += [
+            "## Peak memory of forward + backward, beyond the input\n",
+            table(memory_header, _memory_rows(memory)),
+        ]
     if bars:
         rows = [[bar.status, bar.text, _number(bar.figure), bar.limit] for bar in bars]
         parts += ["## Bars\n", table(["status", "bar", "measured", "limit"], rows)]
@@ -164,23 +162,22 @@ def _bars(title: str, unit: str, values: dict[str, dict[str, float]], path: Path
     plt.close(figure)
 
 
-def plots(environment: Record, records: list[Record], folder: Path, stem: str) -> list[Path]:
-    """One plot per op and kind: forward + backward in units of the plain product, and the peak memory."""
+def plots(environment: Record, records: list[Record], path: Path) -> list[Path]:
+    """Beside `path`: forward + backward in units of the plain product, and the peak memory, of one op."""
     machine = f"{environment['cpu']}, {environment['threads']} threads, torch {environment['torch']}"
+    times: dict[str, dict[str, float]] = {}
+    memory: dict[str, dict[str, float]] = {}
+    for r in records:
+        if r.get("phase") == "both" and "product_ratio" in r:
+            times.setdefault(r["case"], {})[r["contender"]] = r["product_ratio"]
+        if "peak_bytes" in r:
+            memory.setdefault(r["case"], {})[r["contender"]] = r["peak_bytes"] / 2**20
     paths = []
-    for op in dict.fromkeys(r["op"] for r in records):
-        times: dict[str, dict[str, float]] = {}
-        memory: dict[str, dict[str, float]] = {}
-        for r in records:
-            if r["op"] == op and r.get("phase") == "both":
-                times.setdefault(r["case"], {})[r["contender"]] = r["product_ratio"]
-            if r["op"] == op and "peak_bytes" in r:
-                memory.setdefault(r["case"], {})[r["contender"]] = r["peak_bytes"] / 2**20
-        for kind, values, title, unit in (
-            ("time", times, "forward + backward", "time / one plain product"),
-            ("memory", memory, "peak memory of forward + backward beyond the input", "MiB"),
-        ):
-            if values:
-                paths.append(folder / f"{stem}_{op}_{kind}.png")
-                _bars(f"{op}: {title}\n{machine}", unit, values, paths[-1])
+    for kind, values, title, unit in (
+        ("time", times, "forward + backward", "time / one plain product"),
+        ("memory", memory, "peak memory of forward + backward beyond the input", "MiB"),
+    ):
+        if values:
+            paths.append(path.with_name(f"{path.stem}_{kind}.png"))
+            _bars(f"{records[0]['op']}: {title}\n{machine}", unit, values, paths[-1])
     return paths

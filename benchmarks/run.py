@@ -1,4 +1,4 @@
-"""`python -m benchmarks.run`: measures, writes JSON, Markdown and plots, prints the promised figures.
+"""`python -m benchmarks.run`: measures, writes JSON, Markdown and plots of each op, prints the bars.
 
 A missed time never fails the run; a contender of ours that fails or gives wrong values does.
 """
@@ -14,12 +14,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from . import bench_all_pairs, bench_batch_hard, bench_style
+from . import bench_all_pairs, bench_batch_hard, bench_style, bench_stylize
 from .environment import environment
 from .report import markdown, plots
 from .timing import Record
 
-BENCHES = {bench.NAME: bench for bench in (bench_batch_hard, bench_all_pairs, bench_style)}
+BENCHES = {bench.NAME: bench for bench in (bench_batch_hard, bench_all_pairs, bench_style, bench_stylize)}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,28 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
     where = environment()
     # Objects that exist now need no look by the collector, which may run inside a timed call.
     gc.freeze()
-    records: list[Record] = []
-    chosen = [BENCHES[options.only]] if options.only else list(BENCHES.values())
-    progress = tqdm([job for bench in chosen for job in bench.jobs(options.quick)])
-    for name, job in progress:
-        progress.set_description(name)
-        records += job()
-    # The promised figures are about the full cases.
-    measured = [] if options.quick else chosen
-    bars = [bar for bench in measured for bar in bench.bars([r for r in records if r["op"] == bench.NAME])]
-
-    stem = "-".join(["cpu", *(["quick"] if options.quick else []), *([options.only] if options.only else [])])
     options.output.mkdir(parents=True, exist_ok=True)
-    result = {
-        "environment": where,
-        "quick": options.quick,
-        "bars": [dataclasses.asdict(bar) | {"status": bar.status} for bar in bars],
-        "records": records,
-    }
-    (options.output / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.output / f"{stem}.md").write_text(markdown(where, records, bars))
-    plots(where, records, options.output, stem)
-    print(*bars, f"written: {options.output / stem}.json, .md and plots", sep="\n")
+    records: list[Record] = []
+    for name in [options.only] if options.only else BENCHES:
+        records += run_bench(name, where, options.quick, options.output)
 
     failures = [
         f"{r['op']} {r['case']}: {r.get('skipped', 'value or gradient beyond tolerance')}"
@@ -62,6 +44,30 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     print("\n".join(dict.fromkeys(failures)), file=sys.stderr)
     return int(bool(failures))
+
+
+def run_bench(name: str, where: Record, quick: bool, folder: Path) -> list[Record]:
+    """Measures one op and writes its files into `folder`."""
+    bench = BENCHES[name]
+    records: list[Record] = []
+    progress = tqdm(bench.jobs(quick))
+    for case, job in progress:
+        progress.set_description(case)
+        records += job()
+    # The promised figures are about the full cases.
+    bars = [] if quick else bench.bars(records)
+    path = folder / f"cpu{'-quick' if quick else ''}-{name}.json"
+    result = {
+        "environment": where,
+        "quick": quick,
+        "bars": [dataclasses.asdict(bar) | {"status": bar.status} for bar in bars],
+        "records": records,
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(where, records, bars))
+    plots(where, records, path)
+    print(*bars, f"written: {path}, .md and plots", sep="\n")
+    return records
 
 
 if __name__ == "__main__":

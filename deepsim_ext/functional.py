@@ -8,8 +8,9 @@ from .batch_hard import batch_hard_mine, batch_hard_triplet_loss
 from .batch_semi_hard import batch_semi_hard_triplet_loss
 from .content import content_loss
 from .contrastive import contrastive_loss
-from .gram import gram_matrix, style_loss
+from .gram import gram_matrix
 from .nearest_neighbors import nearest_neighbors
+from .style import style_loss
 from .total_variation import total_variation_loss
 from .triplet_margin import triplet_margin_loss
 

@@ -188,21 +188,27 @@ void check_all_pairs(const std::string& name, const Kernels<T>& kernels, int64_t
       for (int64_t s = 0; s < int64_t(count[i]); ++s) triplets += double(positives[at(i, s)]) + kMargin > double(distance(i, j));
     }
   }
-  const auto balanced = [&](const std::vector<T>& gradient) {
+  const int64_t gathered_size = points.padded * gathered_depth(depth);
+  const auto complete = [&](const std::vector<T>& gathered, int64_t i, int64_t c) {
+    const T* panel = &gathered[i / width * gathered_depth(depth) * width + i % width];
+    return double(panel[c * width] + panel[depth * width] * points.panel_buffer[(i / width * depth + c) * width + i % width]);
+  };
+  const auto balanced = [&](const std::vector<T>& gathered) {
     double sum = 0, size = 0;  // moving all points together changes no distance
-    for (T g : gradient) sum += double(g), size += std::fabs(double(g));
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t c = 0; c < depth; ++c) sum += complete(gathered, i, c), size += std::fabs(complete(gathered, i, c));
     return size > 0 && std::fabs(sum) < 1e-4 * size;
   };
   const SortedPositives<T> lists{list_begin.data(), positives.data(), active.data(), count.data()};
   for (const bool semi_hard : {true, false}) {
-    std::vector<T> gradient(points.padded * depth);
+    std::vector<T> gradient(gathered_size);
     BatchAllSums sums;
     std::fill(active.begin(), active.end(), T(0));
     kernels.batch_all({tiles, lists, lists, T(kMargin), semi_hard, Distance::euclidean, gradient.data(), gradient.data()}, sums);
     expect(semi_hard ? sums.active <= triplets : std::llabs(sums.active - triplets) <= 1, name + ": batch-all");
     expect(balanced(gradient), name + ": gradient of batch-all");
   }
-  std::vector<T> gradient(points.padded * depth);
+  std::vector<T> gradient(gathered_size);
   ContrastiveSums sums;
   kernels.contrastive_negatives(
       {tiles, T(std::sqrt(2.0 * double(depth))), true, Distance::euclidean, gradient.data(), gradient.data()}, sums);
@@ -251,14 +257,14 @@ void check_all_pairs(const std::string& name, const Kernels<T>& kernels, int64_t
     kernels.pair_distances(points.rows, points.rows, row.data(), next.data(), Distance::euclidean, b, e, d.data());
   });
   for (int64_t i = 0; i < n; ++i) expect(std::fabs(d[i] - distance(i, next[i])) < 1e-5, name + ": pair distances");
-  const PairGradient<T> pair_gradient{points.rows,     points.rows, nullptr,  nullptr,       points.original.data(), gradient.data(), T(1),
-                                      pair_begin.data(), next.data(), d.data(), weight.data(), Distance::euclidean};
+  const PairGradient<T> pair_gradient{
+      points.rows, points.rows,       nullptr,     nullptr,  points.original.data(), gradient.data(),    points.panel_buffer.data(),
+      T(1),        pair_begin.data(), next.data(), d.data(), weight.data(),          Distance::euclidean};
   in_threads(n, [&](int64_t b, int64_t e) { kernels.pair_gradient(pair_gradient, b, e, grad.data()); });
   for (int64_t i = 0; i < n; ++i) {
     double own = 0;  // of what the pair adds, which is a unit vector: its length along the pair
     for (int64_t c = 0; c < depth; ++c) {
-      const double gathered = double(gradient[(i / width * depth + c) * width + i % width]);
-      own += (double(grad[i * depth + c]) - gathered) * double(points.x[i * depth + c] - points.x[next[i] * depth + c]) / double(d[i]);
+      own += (double(grad[i * depth + c]) - complete(gradient, i, c)) * double(points.x[i * depth + c] - points.x[next[i] * depth + c]) / double(d[i]);
     }
     expect(std::fabs(own - 1) < 1e-2, name + ": pair gradient");
   }

@@ -48,7 +48,7 @@ def steps(folder: Path, scratch: Path) -> list[tuple[str, list[str], int]]:
     check_flags = CHECK_FLAGS + native
     install = [PYTHON, "-m", "pip", "install", "--no-index", "--no-deps"]
     install += ["--target", str(scratch / "packages")]
-    suite = ["tests/test_batch_hard.py", "tests/test_gram.py"]
+    suite = ["tests/test_batch_hard.py", "tests/test_gram.py", "tests/test_style.py"]
     pairs = [f"tests/test_{name}.py" for name in ("nearest_neighbors", "all_pairs", "mining_strategies")]
     result = [
         ("gpu", ["nvidia-smi"], 20),

@@ -19,6 +19,7 @@ OPS = (
     "mined_triplet_loss",
     "nearest_neighbors",
     "style_loss",
+    "style_loss_backward",
 )
 
 _library = None  # what is registered lasts as long as this
@@ -37,14 +38,15 @@ def redirect(device: str = "cuda") -> None:
         overload = getattr(torch.ops.deepsim_ext, op).default
 
         def there_and_back(*arguments: Any, overload: Any = overload) -> Any:
-            result = overload(*(_to(a, device) for a in arguments))
-            return tuple(_to(r, "cpu") for r in result) if isinstance(result, tuple) else _to(result, "cpu")
+            return _to(overload(*(_to(a, device) for a in arguments)), "cpu")
 
         _library.impl(op, there_and_back, "CPU")
 
 
 def _to(value: Any, device: str) -> Any:
-    """A tensor on `device`, with its strides; anything else as it is."""
+    """A tensor, or those of a list or tuple, on `device`, with its strides; anything else as it is."""
+    if isinstance(value, list | tuple):
+        return type(value)(_to(v, device) for v in value)
     if not isinstance(value, torch.Tensor):
         return value
     if value.device.type == device:

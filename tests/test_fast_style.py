@@ -53,22 +53,13 @@ def test_one_graph_for_all_steps_under_autocast_in_bfloat16():
     """Though the content is set anew for every batch."""
     torch._dynamo.reset()
     graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    _, compiled = trained(steps=3, precision="bfloat16", backend=graphs)
+    _, compiled = trained(steps=2, batch=1, precision="bfloat16", backend=graphs)
     assert graphs.frame_count == 1
-    _, single = trained(steps=1, precision="float32")
+    _, single = trained(steps=1, batch=1, precision="float32")
     assert compiled[0].loss.dtype == torch.float32
     for half, exact in zip(compiled[0], single[0], strict=True):
         torch.testing.assert_close(half, exact, rtol=0.05, atol=0)
     assert all(result.loss.isfinite() for result in compiled)
-
-
-@pytest.mark.slow
-def test_compiled_by_inductor():
-    torch._dynamo.reset()
-    _, compiled = trained(steps=3, precision="bfloat16", backend="inductor")
-    _, single = trained(steps=3, precision="float32")
-    for half, exact in zip(compiled, single, strict=True):
-        torch.testing.assert_close(half.loss, exact.loss, rtol=0.05, atol=0)
 
 
 def test_squares_are_as_large_as_the_photo_allows():

@@ -260,7 +260,10 @@ def neighbors(d: Draw) -> Call:
     def check(result: Any) -> bool:
         shape = (len(queries), k)
         rows = len(queries) if gallery is None else len(gallery)
-        return is_tensor(result[0], shape) and bool((result[1] >= -1).all() and (result[1] < rows).all())
+        shapes_fit = is_tensor(result[0], shape) and is_tensor(result[1], shape, torch.int64)
+        if result[1].is_meta:  # queries without values
+            return shapes_fit
+        return shapes_fit and bool((result[1] >= -1).all() and (result[1] < rows).all())
 
     distance = d.name(*DISTANCES)
     return lambda: deepsim_ext.nearest_neighbors(queries, gallery, k, distance=distance), check
@@ -450,19 +453,60 @@ def gram_backward_op(d: Draw) -> Call:
     return lambda: ops.gram_matrix_backward(grad, f, *options), lambda r: is_tensor(r, f.shape, f.dtype)
 
 
-def style_op(d: Draw) -> Call:
-    b, c, n, dtype = d.size(3), d.size(40), d.size(60), d.pick(*FLOATS)
-    f = d.floats(b, c, n, dtype=dtype)
-    target = d.floats(d.pick(1, b), c, c, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
-    options = (
+def style_layers(d: Draw) -> tuple[list[Any], list[Any], list[Any]]:
+    """features, targets and weights, mostly of one dtype and as many."""
+    dtype = d.pick(*FLOATS)
+    shapes = [(d.size(3), d.size(40), d.size(60)) for _ in range(d.size(3))]
+    compute = torch.float64 if dtype is torch.float64 else torch.float32
+    features = [d.floats(*shape, dtype=dtype) for shape in shapes]
+    targets = [d.floats(d.pick(1, b), c, c, dtype=compute) for b, c, _ in shapes]
+    weights = [d.number() for _ in range(len(shapes) + d.bad())]
+    return features, targets, weights
+
+
+def style_options(d: Draw) -> tuple[Any, ...]:
+    return (
         d.name("none", "hw", "chw", "bchw"),
         d.number(),
         d.name("mean", "sum", "gatys"),
-        d.name("l2", "l1"),
+        d.name("l2", "l1", "frobenius"),
     )
-    return lambda: ops.style_loss(
-        f, target, *options
-    ), lambda r: is_tensor(r[0], ()) and is_tensor(r[1], (f.shape[0], f.shape[1], f.shape[1]))
+
+
+def style_op(d: Draw) -> Call:
+    features, targets, weights = style_layers(d)
+    options = style_options(d)
+
+    def check(result: Any) -> bool:
+        squares = sum(f.shape[0] * f.shape[1] ** 2 for f in features)
+        return (
+            is_tensor(result[0], ())
+            and is_tensor(result[1], (len(features),))
+            and is_tensor(result[2], (squares,))
+        )
+
+    return lambda: ops.style_loss(features, targets, weights, *options), check
+
+
+def style_backward_op(d: Draw) -> Call:
+    features, targets, weights = style_layers(d)
+    sizes = [f.shape[0] * f.shape[1] ** 2 for f in features if isinstance(f, Tensor) and f.ndim == 3]
+    squares = min(sum(sizes), 10**5)  # beyond that it is a shape that is refused
+    double = any(isinstance(t, Tensor) and t.dtype is torch.float64 for t in targets)
+    compute = torch.float64 if double else torch.float32
+    saved = [
+        d.floats(dtype=compute),
+        d.floats(len(features), dtype=compute),
+        d.floats(squares, dtype=compute),
+    ]
+    wanted = [d.pick(True, False) for _ in range(len(features) + d.bad())]
+    options = style_options(d)
+
+    def check(result: Any) -> bool:
+        shapes = [f.shape if w else (0,) for f, w in zip(features, wanted, strict=True)]
+        return all(is_tensor(r, s, f.dtype) for r, s, f in zip(result, shapes, features, strict=True))
+
+    return lambda: ops.style_loss_backward(*saved, features, wanted, weights, *options), check
 
 
 FUNCTIONS = (
@@ -481,7 +525,15 @@ FUNCTIONS = (
     accumulated,
 )
 # The backward op more often: it is handed the indices that it reads by.
-OPS = (mine_op, triplet_loss_op, *(triplet_loss_backward_op,) * 3, gram_op, gram_backward_op, style_op)
+OPS = (
+    mine_op,
+    triplet_loss_op,
+    *(triplet_loss_backward_op,) * 3,
+    gram_op,
+    gram_backward_op,
+    style_op,
+    style_backward_op,
+)
 KINDS = FUNCTIONS + OPS
 
 

@@ -115,11 +115,15 @@ struct GatheredGradient {
 
   GatheredGradient() = default;
   explicit GatheredGradient(const PackedPairs<T>& pairs)
-      : rows(at::zeros_like(pairs.rows.panel_buffer)),
-        columns(pairs.symmetric ? rows : at::zeros_like(pairs.references.panel_buffer)) {}
+      : rows(none_yet(pairs, pairs.rows)), columns(pairs.symmetric ? rows : none_yet(pairs, pairs.references)) {}
 
   T* row_data() const { return rows.defined() ? rows.template mutable_data_ptr<T>() : nullptr; }
   T* column_data() const { return columns.defined() ? columns.template mutable_data_ptr<T>() : nullptr; }
+
+ private:
+  static at::Tensor none_yet(const PackedPairs<T>& pairs, const PackedPoints<T>& points) {
+    return at::zeros({points.panels * pairs.panel_rows * gathered_depth(points.view.depth)}, points.panel_buffer.options());
+  }
 };
 
 // For every packed row (or column) of one side, pairs whose distances have a weight in the loss, beside those that were gathered.
@@ -193,7 +197,8 @@ at::Tensor finish_gradient(const Kernels<T>& kernels, const at::Tensor& x, const
   const auto data = [](const std::vector<double>& scale) { return scale.empty() ? nullptr : scale.data(); };
   at::Tensor grad = at::empty({x.size(0), x.size(1)}, x.options().dtype(c10::CppTypeToScalarType<T>::value));
   T* out = grad.template mutable_data_ptr<T>();
-  const PairGradient<T> g{rows_of(x), rows_of(others), data(row_scale), data(other_scale), points.original.data(), gathered, factor,
+  const PairGradient<T> g{rows_of(x), rows_of(others), data(row_scale), data(other_scale), points.original.data(), gathered,
+                          points.view.panels, factor,
                           lists.begin.data(), lists.other.data(), lists.distance.data(), lists.weight.data(), distance};
   at::parallel_for(0, points.count, row_grain(x.size(1)),
                    [&](int64_t begin, int64_t end) { kernels.pair_gradient(g, begin, end, out); });

@@ -123,47 +123,63 @@ at::Tensor gram_matrix(const at::Tensor& features, std::string_view normalize, d
   });
 }
 
-std::tuple<at::Tensor, at::Tensor> style_loss(const at::Tensor& features, const at::Tensor& target, std::string_view normalize,
-                                              double divisor, std::string_view reduction, std::string_view distance) {
+// One layer: fills its residual and returns its sum of distances, without the factor.
+template <class T>
+double style_layer(const Kernels<T>& kernels, const StyleLayer& layer, const at::Tensor& target, bool absolute, T* residual) {
+  const at::Tensor a = target.contiguous();
+  const int64_t batch = layer.features.size(0), channels = layer.features.size(1);
+  const int64_t target_stride = a.size(0) == 1 ? 0 : channels * channels;
+  const T scale = T(layer.scale), *goal = a.template const_data_ptr<T>();
+  const auto run = [&](int64_t b, int64_t row, int64_t column, const T* products, int64_t count) {
+    const int64_t offset = row * channels + column;
+    T* to = residual + b * channels * channels + offset;
+    const T* from = goal + b * target_stride + offset;
+    for (int64_t k = 0; k < count; ++k) to[k] = scale * products[k] - from[k];
+    double sum = 0;
+    for (int64_t k = 0; k < count; ++k) sum += absolute ? std::abs(double(to[k])) : double(to[k]) * double(to[k]);
+    return sum;
+  };
+  return reduce_tiles(kernels, partial_tiles(kernels, layer.features), batch, channels, run);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> style_loss(at::TensorList features, at::TensorList target, at::ArrayRef<double> weights,
+                                                          std::string_view normalize, double divisor, std::string_view reduction,
+                                                          std::string_view distance) {
   constexpr const char* function = "style_loss";
-  check_features(function, features);
-  check_target(function, target, features);
-  const double scale = gram_scale(function, features, normalize, divisor), factor = style_factor(function, features, reduction);
-  const bool squared = style_distance_from(function, distance) == StyleDistance::l2;
-  const at::Tensor f = with_adjacent_axis(features), a = target.contiguous();
-  const int64_t batch = f.size(0), channels = f.size(1), target_stride = a.size(0) == 1 ? 0 : channels * channels;
-  return dispatch(f.scalar_type(), [&](const auto& kernels) {
+  const StyleLayers layers = style_layers(function, features, {weights, normalize, divisor, reduction, distance});
+  check_targets(function, target, features);
+  const int64_t count = int64_t(features.size());
+  return dispatch(features[0].scalar_type(), [&](const auto& kernels) {
     using T = typename std::decay_t<decltype(kernels)>::Compute;
-    const auto options = f.options().dtype(c10::CppTypeToScalarType<T>::value);
-    at::Tensor residual = at::empty({batch, channels, channels}, options), loss = at::empty({}, options);
-    T* out = residual.template mutable_data_ptr<T>();
-    const T* goal = a.template const_data_ptr<T>();
-    const auto run = [&](int64_t b, int64_t row, int64_t column, const T* products, int64_t count) {
-      const int64_t offset = row * channels + column;
-      T* to = out + b * channels * channels + offset;
-      const T* from = goal + b * target_stride + offset;
-      for (int64_t k = 0; k < count; ++k) to[k] = T(scale) * products[k] - from[k];
-      double sum = 0;
-      for (int64_t k = 0; k < count; ++k) sum += squared ? double(to[k]) * double(to[k]) : std::abs(double(to[k]));
-      return sum;
-    };
-    const double sum = reduce_tiles(kernels, partial_tiles(kernels, f), batch, channels, run);
-    *loss.template mutable_data_ptr<T>() = T(factor * sum);
-    return std::make_tuple(loss, residual);
+    const auto options = features[0].options().dtype(c10::CppTypeToScalarType<T>::value);
+    at::Tensor loss = at::empty({}, options), losses = at::empty({count}, options);
+    at::Tensor residuals = at::empty({layers.residual_size()}, options);
+    double total = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const StyleLayer& layer = layers.layers[i];
+      const bool absolute = layers.distance == StyleDistance::l1;
+      double sum = layer.factor *
+                   style_layer(kernels, layer, target[i], absolute, residuals.template mutable_data_ptr<T>() + layer.first);
+      if (layers.distance == StyleDistance::frobenius) sum = std::sqrt(sum);
+      losses.template mutable_data_ptr<T>()[i] = T(sum);
+      total += layer.weight * sum;
+    }
+    *loss.template mutable_data_ptr<T>() = T(total);
+    return std::make_tuple(loss, losses, residuals);
   });
 }
 
-// scale * (g + g^T) of every sample, packed as Kernels::gram_gradient reads it. A square of g is copied out transposed first:
-// its rows lie a power of two bytes apart and would evict each other if they were read down a column each time.
-template <class T>
-at::Tensor packed_symmetric(const Kernels<T>& kernels, const at::Tensor& g, double scale) {
+// value(g) + value(g^T) of every sample of g [batch, channels, channels], packed as Kernels::gram_gradient reads it. A square of g is
+// copied out transposed first: its rows lie a power of two bytes apart and would evict each other if they were read down a column
+// each time.
+template <class T, class Value>
+at::Tensor packed_symmetric(const Kernels<T>& kernels, const T* from, int64_t batch, int64_t channels, Value value) {
   constexpr int64_t kMostRows = 64;
-  const int64_t width = kernels.panel_rows, channels = g.size(1), panels = (channels + width - 1) / width;
+  const int64_t width = kernels.panel_rows, panels = (channels + width - 1) / width;
   TORCH_INTERNAL_ASSERT(width <= kMostRows);
-  at::Tensor result = at::zeros({g.size(0), panels, channels, width}, g.options());
-  const T* from = g.const_data_ptr<T>();
+  at::Tensor result = at::zeros({batch, panels, channels, width}, c10::CppTypeToScalarType<T>::value);
   T* to = result.mutable_data_ptr<T>();
-  at::parallel_for(0, g.size(0) * panels, grain(8 * width * channels), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, batch * panels, grain(8 * width * channels), [&](int64_t begin, int64_t end) {
     T transposed[kMostRows][kMostRows];
     for (int64_t item = begin; item < end; ++item) {
       const T* sample = from + item / panels * channels * channels;
@@ -175,12 +191,36 @@ at::Tensor packed_symmetric(const Kernels<T>& kernels, const at::Tensor& g, doub
         for (int64_t c = 0; c < columns; ++c) {
           const T* row = sample + (column + c) * channels + first;
           T* out = to + (item * channels + column + c) * width;
-          for (int64_t r = 0; r < rows; ++r) out[r] = T(scale) * (row[r] + transposed[c][r]);
+          for (int64_t r = 0; r < rows; ++r) out[r] = value(row[r]) + value(transposed[c][r]);
         }
       }
     }
   });
   return result;
+}
+
+// M F for every sample, M as packed_symmetric leaves it, in the dtype and memory format of `features`.
+template <class T>
+at::Tensor symmetric_times(const Kernels<T>& kernels, const at::Tensor& matrix, const at::Tensor& features) {
+  const at::Tensor f = with_adjacent_axis(features);
+  const int64_t batch = f.size(0), channels = f.size(1), positions = f.size(2);
+  at::Tensor grad = empty_like_in_huge_pages(features), out = with_adjacent_axis(grad);
+  // Positions at a time: 512 KiB of float32, to stay in L2, but rarely more than there are cores to share them.
+  const int64_t width = kernels.panel_rows;
+  const int64_t step = std::clamp<int64_t>(std::min(131072 / (channels * width), positions / (16 * width)), 1, 64) * width;
+  const int64_t blocks = (positions + step - 1) / step;
+  at::parallel_for(0, batch * blocks, grain(channels * channels * step), [&](int64_t begin, int64_t end) {
+    std::vector<T> packed(channels * step);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t b = item / blocks, block = item % blocks;
+      const FeatureSlice slice = feature_slice(f, b, block * step, std::min(positions, (block + 1) * step));
+      const FeatureSlice to = feature_slice(out, b, 0, positions);
+      kernels.gram_gradient(slice, matrix.template const_data_ptr<T>() + b * matrix.stride(0), packed.data(),
+                            {const_cast<void*>(to.data), to.channel_stride, to.position_stride});
+    }
+  });
+  if (!out.is_same(grad)) grad.copy_(out);
+  return grad;
 }
 
 at::Tensor gram_matrix_backward(const at::Tensor& grad_gram, const at::Tensor& features, std::string_view normalize,
@@ -189,29 +229,50 @@ at::Tensor gram_matrix_backward(const at::Tensor& grad_gram, const at::Tensor& f
   check_features(function, features);
   check_grad_gram(function, grad_gram, features);
   const double scale = gram_scale(function, features, normalize, divisor);
-  const at::Tensor f = with_adjacent_axis(features), g = grad_gram.contiguous();
-  const int64_t batch = f.size(0), channels = f.size(1), positions = f.size(2);
-  at::Tensor grad = empty_like_in_huge_pages(features), out = with_adjacent_axis(grad);
-  dispatch(f.scalar_type(), [&](const auto& kernels) {
+  const at::Tensor g = grad_gram.contiguous();
+  return dispatch(features.scalar_type(), [&](const auto& kernels) {
     using T = typename std::decay_t<decltype(kernels)>::Compute;
-    const at::Tensor matrix = packed_symmetric(kernels, g, scale);
-    // Positions at a time: 512 KiB of float32, to stay in L2, but rarely more than there are cores to share them.
-    const int64_t width = kernels.panel_rows;
-    const int64_t step = std::clamp<int64_t>(std::min(131072 / (channels * width), positions / (16 * width)), 1, 64) * width;
-    const int64_t blocks = (positions + step - 1) / step;
-    at::parallel_for(0, batch * blocks, grain(channels * channels * step), [&](int64_t begin, int64_t end) {
-      std::vector<T> packed(channels * step);
-      for (int64_t item = begin; item < end; ++item) {
-        const int64_t b = item / blocks, block = item % blocks;
-        const FeatureSlice slice = feature_slice(f, b, block * step, std::min(positions, (block + 1) * step));
-        const FeatureSlice to = feature_slice(out, b, 0, positions);
-        kernels.gram_gradient(slice, matrix.template const_data_ptr<T>() + b * matrix.stride(0), packed.data(),
-                              {const_cast<void*>(to.data), to.channel_stride, to.position_stride});
-      }
-    });
+    const auto scaled = [&](T x) { return T(scale) * x; };
+    const at::Tensor matrix =
+        packed_symmetric(kernels, g.template const_data_ptr<T>(), features.size(0), features.size(1), scaled);
+    return symmetric_times(kernels, matrix, features);
   });
-  if (!out.is_same(grad)) grad.copy_(out);
-  return grad;
+}
+
+std::vector<at::Tensor> style_loss_backward(const at::Tensor& grad_loss, const at::Tensor& losses, const at::Tensor& residuals,
+                                            at::TensorList features, const c10::List<bool>& wanted, at::ArrayRef<double> weights,
+                                            std::string_view normalize, double divisor, std::string_view reduction,
+                                            std::string_view distance) {
+  constexpr const char* function = "style_loss_backward";
+  const StyleLayers layers = style_layers(function, features, {weights, normalize, divisor, reduction, distance});
+  check_style_gradient(function, grad_loss, losses, residuals, wanted, layers);
+  const at::Tensor loss_of = losses.contiguous(), residual_of = residuals.contiguous();
+  return dispatch(features[0].scalar_type(), [&](const auto& kernels) {
+    using T = typename std::decay_t<decltype(kernels)>::Compute;
+    std::vector<at::Tensor> grads;
+    for (size_t i = 0; i < features.size(); ++i) {
+      const StyleLayer& layer = layers.layers[i];
+      if (!wanted[i]) {
+        grads.push_back(at::empty({0}, features[i].options()));
+        continue;
+      }
+      const T* residual = residual_of.template const_data_ptr<T>() + layer.first;
+      const int64_t batch = layer.features.size(0), channels = layer.features.size(1);
+      // Everything the product is multiplied by, before it is rounded.
+      const double incoming = double(*grad_loss.template const_data_ptr<T>()) * layer.weight * layer.scale * layer.factor;
+      const auto times = [&](auto value) {
+        grads.push_back(symmetric_times(kernels, packed_symmetric(kernels, residual, batch, channels, value), features[i]));
+      };
+      if (layers.distance == StyleDistance::l1) {
+        times([c = T(incoming)](T r) { return r != r ? r : c * T((r > 0) - (r < 0)); });
+      } else {
+        const double root = double(loss_of.template const_data_ptr<T>()[i]);
+        const double c = layers.distance == StyleDistance::l2 ? 2 * incoming : root == 0 ? 0 : incoming / root;
+        times([c = T(c)](T r) { return c * r; });
+      }
+    }
+    return grads;
+  });
 }
 
 }  // namespace
@@ -220,6 +281,7 @@ TORCH_LIBRARY_IMPL(deepsim_ext, CPU, m) {
   m.impl("gram_matrix", gram_matrix);
   m.impl("gram_matrix_backward", gram_matrix_backward);
   m.impl("style_loss", style_loss);
+  m.impl("style_loss_backward", style_loss_backward);
 }
 
 }  // namespace deepsim::cpu

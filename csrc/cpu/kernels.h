@@ -89,7 +89,11 @@ struct SortedPositives {
   const T* count;  // by packed row, positives; 0 for filling
 };
 
-// One rectangle of the batch-all triplet loss. `columns` are read in the self form only. The gradients, packed like the rows, are
+// Gradients that tiles gather are packed like the rows, with one value more for each: row p's gradient is what stands there plus x_p,
+// as packed, times that last value.
+static constexpr int64_t gathered_depth(int64_t depth) { return depth + 1; }
+
+// One rectangle of the batch-all triplet loss. `columns` are read in the self form only. What is gathered of the gradients is
 // added to, for the sum of the losses; null where none is wanted.
 template <class T>
 struct BatchAllBlock {
@@ -169,7 +173,7 @@ struct PairGradient {
   Rows rows, others;
   const double *row_scale, *other_scale;  // 1 / |row| by row, only for cosine
   const int32_t* original;                // packed position -> row
-  const T* gathered;                      // packed; null for none
+  const T *gathered, *packed;             // what tiles gathered, null for none, and the packed rows
   T gathered_factor;
   const int64_t* begin;  // by packed position
   const int32_t* other;  // row of `others`

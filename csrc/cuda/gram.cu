@@ -21,47 +21,58 @@ void dispatch_product(Storage storage, bool tf32, F f) {
   }
 }
 
-}  // namespace
-
 int64_t gram_tiles(int64_t channels) {
   const int64_t side = blocks_for(channels, kGramTile);
   return side * (side + 1) / 2;
 }
 
 // Enough blocks for two on each multiprocessor of a large GPU, but no slice so short that its sums cost as much as its products.
-int gram_slices(int64_t batch, int64_t channels, int64_t positions) {
+int64_t gram_slices(int64_t batch, int64_t tiles, int64_t positions) {
   constexpr int64_t kBlocks = 264, kShortest = 256;
-  const int64_t wanted = blocks_for(kBlocks, batch * gram_tiles(channels));
-  return int(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, positions / kShortest)));
+  return std::clamp<int64_t>(blocks_for(kBlocks, batch * tiles), 1, std::max<int64_t>(1, positions / kShortest));
 }
 
-int64_t gram_reduce_blocks(int64_t batch, int64_t channels) { return batch * gram_tiles(channels) * kReduceBlocksPerTile; }
+}  // namespace
 
-void gram(Storage storage, bool tf32, const Features& f, const GramSpace& space, const GramResult& out, void* stream) {
-  const int64_t tiles = gram_tiles(f.channels);
+void plan_gram(Gram& work) {
+  work.sum_blocks = work.reduce_blocks = 0;
+  for (int i = 0; i < work.count; ++i) {
+    GramLayer& layer = work.layer[i];
+    layer.tiles = gram_tiles(layer.features.channels);
+    layer.slices = gram_slices(layer.features.batch, layer.tiles, layer.features.positions);
+    layer.first_sum = work.sum_blocks;
+    layer.first_reduce = work.reduce_blocks;
+    work.sum_blocks += layer.features.batch * layer.slices * layer.tiles;
+    work.reduce_blocks += layer.features.batch * layer.tiles * kReduceBlocksPerTile;
+  }
+}
+
+void gram(Storage storage, bool tf32, const Gram& work, void* stream) {
   dispatch_product<false>(storage, tf32, [&](auto element, auto product) {
     using S = decltype(element);
     using Product = decltype(product);
-    launch(gram_tiles_kernel<S, Product>, f.batch * space.slices * tiles, kProductThreads, sizeof(ProductShared<Product>), stream, f,
-           space.slices, tiles, space.sums);
-    launch(gram_reduce_kernel<typename Product::T>, gram_reduce_blocks(f.batch, f.channels), kReduceThreads, sizeof(ReduceShared),
-           stream, f.channels, tiles, space, out);
+    launch(gram_tiles_kernel<S, Product>, work.sum_blocks, kProductThreads, sizeof(ProductShared<Product>), stream, work);
+    launch(gram_reduce_kernel<typename Product::T>, work.reduce_blocks, kReduceThreads, sizeof(ReduceShared), stream, work);
   });
 }
 
-void gram_gradient(Storage storage, bool tf32, const Features& f, const void* g, double scale, void* symmetric, const Features& grad,
-                   void* stream) {
-  const int64_t elements = f.batch * f.channels * f.channels;
-  const int64_t channel_tiles = blocks_for(f.channels, kGramTile), position_tiles = blocks_for(f.positions, kGramTile);
+void gram_gradient(Storage storage, bool tf32, GramGradient work, void* stream) {
+  int64_t symmetrise_blocks = 0, product_blocks = 0;
+  for (int i = 0; i < work.count; ++i) {
+    GramGradientLayer& layer = work.layer[i];
+    const Features& f = layer.features;
+    layer.channel_tiles = blocks_for(f.channels, kGramTile);
+    layer.position_tiles = blocks_for(f.positions, kGramTile);
+    layer.first_symmetrise = symmetrise_blocks;
+    layer.first_product = product_blocks;
+    symmetrise_blocks += blocks_for(f.batch * f.channels * f.channels, kSymmetriseThreads);
+    product_blocks += f.batch * layer.channel_tiles * layer.position_tiles;
+  }
   dispatch_product<true>(storage, tf32, [&](auto element, auto product) {
     using S = decltype(element);
     using Product = decltype(product);
-    using T = typename Product::T;
-    T* matrix = static_cast<T*>(symmetric);
-    launch(symmetrise_kernel<T>, blocks_for(elements, 256), 256, 0, stream, static_cast<const T*>(g), f.channels, elements, scale,
-           matrix);
-    launch(gram_gradient_kernel<S, Product>, f.batch * channel_tiles * position_tiles, kProductThreads,
-           sizeof(ProductShared<Product>), stream, f, matrix, grad, channel_tiles, position_tiles);
+    launch(symmetrise_kernel<typename Product::T>, symmetrise_blocks, kSymmetriseThreads, 0, stream, work);
+    launch(gram_gradient_kernel<S, Product>, product_blocks, kProductThreads, sizeof(ProductShared<Product>), stream, work);
   });
 }
 

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <tuple>
+#include <vector>
 
 #include "../common/checks.h"
 #include "../common/layout.h"
@@ -21,63 +22,89 @@ Features features_of(const at::Tensor& f) {
   return {f.const_data_ptr(), f.size(0), f.size(1), f.size(2), f.stride(0), positions ? f.stride(1) : 1, positions ? 1 : f.stride(2)};
 }
 
-// Sums of products and of the loss, and what the result is to be.
-struct Target {
-  const at::Tensor* matrix = nullptr;  // null: the Gram matrix itself
-  at::Tensor* loss = nullptr;
-  double factor = 0;
-  bool squared = false;
-};
+static_assert(kMostGramLayers == int(kMostLayers));
 
-at::Tensor gram_minus(const at::Tensor& features, double scale, const Target& target) {
-  const c10::DeviceGuard guard(features.device());
-  const at::Tensor f = with_adjacent_axis(features);
-  const int64_t batch = f.size(0), channels = f.size(1);
+// Makes room for the sums of what is planned and launches it.
+void run_gram(Gram& work, const at::Tensor& f) {
+  plan_gram(work);
   const auto compute = f.options().dtype(compute_type(f.scalar_type()));
-  at::Tensor matrix = at::empty({batch, channels, channels}, compute);
-  GramSpace space = {};
-  space.slices = gram_slices(batch, channels, f.size(2));
-  const at::Tensor sums = at::empty({batch * space.slices * gram_tiles(channels) * kGramTile * kGramTile}, compute);
-  space.sums = sums.mutable_data_ptr();
-  GramResult out = {};
-  out.matrix = matrix.mutable_data_ptr();
-  out.scale = scale;
-  at::Tensor goal, losses, finished;
-  if (target.matrix) {
-    goal = target.matrix->contiguous();
-    losses = at::empty({gram_reduce_blocks(batch, channels)}, f.options().dtype(at::kDouble));
+  const at::Tensor sums = at::empty({work.sum_blocks * kGramTile * kGramTile}, compute);
+  at::Tensor partial_losses, finished;
+  work.sums = sums.mutable_data_ptr();
+  if (work.loss) {
+    partial_losses = at::empty({work.reduce_blocks}, f.options().dtype(at::kDouble));
     finished = at::zeros({1}, f.options().dtype(at::kInt));
-    *target.loss = at::empty({}, compute);
-    space.losses = losses.mutable_data_ptr<double>();
-    space.finished = reinterpret_cast<uint32_t*>(finished.mutable_data_ptr<int32_t>());
-    out.target = goal.const_data_ptr();
-    out.target_stride = goal.size(0) == 1 ? 0 : channels * channels;
-    out.loss = target.loss->mutable_data_ptr();
-    out.factor = target.factor;
-    out.squared = target.squared;
+    work.partial_losses = partial_losses.mutable_data_ptr<double>();
+    work.finished = reinterpret_cast<uint32_t*>(finished.mutable_data_ptr<int32_t>());
   }
-  gram(storage_of(f.scalar_type()), tf32_allowed(f), features_of(f), space, out, current_stream(f));
-  return matrix;
+  gram(storage_of(f.scalar_type()), tf32_allowed(f), work, current_stream(f));
 }
 
 at::Tensor gram_matrix(const at::Tensor& features, std::string_view normalize, double divisor) {
   constexpr const char* function = "gram_matrix";
   check_features(function, features);
-  return gram_minus(features, gram_scale(function, features, normalize, divisor), {});
+  const double scale = gram_scale(function, features, normalize, divisor);
+  const c10::DeviceGuard guard(features.device());
+  const at::Tensor f = with_adjacent_axis(features);
+  at::Tensor matrix = at::empty({f.size(0), f.size(1), f.size(1)}, f.options().dtype(compute_type(f.scalar_type())));
+  Gram work = {};
+  work.count = 1;
+  work.layer[0].features = features_of(f);
+  work.layer[0].matrix = matrix.mutable_data_ptr();
+  work.layer[0].scale = scale;
+  run_gram(work, f);
+  return matrix;
 }
 
-std::tuple<at::Tensor, at::Tensor> style_loss(const at::Tensor& features, const at::Tensor& target, std::string_view normalize,
-                                              double divisor, std::string_view reduction, std::string_view distance) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> style_loss(at::TensorList features, at::TensorList target, at::ArrayRef<double> weights,
+                                                          std::string_view normalize, double divisor, std::string_view reduction,
+                                                          std::string_view distance) {
   constexpr const char* function = "style_loss";
-  check_features(function, features);
-  check_target(function, target, features);
-  const double scale = gram_scale(function, features, normalize, divisor);
-  at::Tensor loss;
-  const Target wanted{&target, &loss, style_factor(function, features, reduction),
-                      style_distance_from(function, distance) == StyleDistance::l2};
-  at::Tensor residual = gram_minus(features, scale, wanted);
-  return {loss, residual};
+  const StyleLayers layers = style_layers(function, features, {weights, normalize, divisor, reduction, distance});
+  check_targets(function, target, features);
+  const c10::DeviceGuard guard(features[0].device());
+  const auto compute = features[0].options().dtype(compute_type(features[0].scalar_type()));
+  at::Tensor loss = at::empty({}, compute), losses = at::empty({int64_t(features.size())}, compute);
+  at::Tensor residuals = at::empty({layers.residual_size()}, compute);
+  std::vector<at::Tensor> targets;
+  Gram work = {};
+  for (const StyleLayer& layer : layers.layers) {
+    targets.push_back(target[targets.size()].contiguous());
+    const at::Tensor& t = targets.back();
+    GramLayer& to = work.layer[work.count++];
+    to.features = features_of(layer.features);
+    to.matrix = static_cast<char*>(residuals.mutable_data_ptr()) + layer.first * residuals.element_size();
+    to.target = t.const_data_ptr();
+    to.target_stride = t.size(0) == 1 ? 0 : t.size(1) * t.size(1);
+    to.scale = layer.scale;
+    to.factor = layer.factor;
+    to.weight = layer.weight;
+  }
+  work.distance = layers.distance;
+  work.loss = loss.mutable_data_ptr();
+  work.losses = losses.mutable_data_ptr();
+  run_gram(work, layers.layers[0].features);
+  return {loss, losses, residuals};
 }
+
+// The gradient of one layer on its way: what the launch writes, and the tensor in the format of the features that it is for.
+struct LayerGradient {
+  at::Tensor grad, out, symmetric;
+
+  LayerGradient(const at::Tensor& features, const at::Tensor& f, GramGradientLayer& layer)
+      : grad(at::empty_like(features)),
+        out(with_adjacent_axis(grad)),
+        symmetric(at::empty({f.size(0), f.size(1), f.size(1)}, f.options().dtype(compute_type(f.scalar_type())))) {
+    layer.features = features_of(f);
+    layer.grad = features_of(out);
+    layer.symmetric = symmetric.mutable_data_ptr();
+  }
+
+  at::Tensor finish() const {
+    if (!out.is_same(grad)) grad.copy_(out);
+    return grad;
+  }
+};
 
 at::Tensor gram_matrix_backward(const at::Tensor& grad_gram, const at::Tensor& features, std::string_view normalize,
                                 double divisor) {
@@ -87,12 +114,44 @@ at::Tensor gram_matrix_backward(const at::Tensor& grad_gram, const at::Tensor& f
   const double scale = gram_scale(function, features, normalize, divisor);
   const c10::DeviceGuard guard(features.device());
   const at::Tensor f = with_adjacent_axis(features), g = grad_gram.contiguous();
-  at::Tensor grad = at::empty_like(features), symmetric = at::empty_like(g);
-  at::Tensor out = with_adjacent_axis(grad);
-  gram_gradient(storage_of(f.scalar_type()), tf32_allowed(f), features_of(f), g.const_data_ptr(), scale,
-                symmetric.mutable_data_ptr(), features_of(out), current_stream(f));
-  if (!out.is_same(grad)) grad.copy_(out);
-  return grad;
+  GramGradient work = {};
+  work.count = 1;
+  const LayerGradient gradient(features, f, work.layer[0]);
+  work.layer[0].g = g.const_data_ptr();
+  work.layer[0].scale = scale;
+  gram_gradient(storage_of(f.scalar_type()), tf32_allowed(f), work, current_stream(f));
+  return gradient.finish();
+}
+
+std::vector<at::Tensor> style_loss_backward(const at::Tensor& grad_loss, const at::Tensor& losses, const at::Tensor& residuals,
+                                            at::TensorList features, const c10::List<bool>& wanted, at::ArrayRef<double> weights,
+                                            std::string_view normalize, double divisor, std::string_view reduction,
+                                            std::string_view distance) {
+  constexpr const char* function = "style_loss_backward";
+  const StyleLayers layers = style_layers(function, features, {weights, normalize, divisor, reduction, distance});
+  check_style_gradient(function, grad_loss, losses, residuals, wanted, layers);
+  const c10::DeviceGuard guard(features[0].device());
+  const at::Tensor loss_of = losses.contiguous(), residual_of = residuals.contiguous();
+  const auto element = [](const at::Tensor& t, int64_t i) { return static_cast<const char*>(t.const_data_ptr()) + i * t.element_size(); };
+  GramGradient work = {};
+  work.distance = layers.distance;
+  work.grad_loss = grad_loss.const_data_ptr();
+  std::vector<LayerGradient> gradients;
+  for (size_t i = 0; i < features.size(); ++i) {
+    if (!wanted[i]) continue;
+    const StyleLayer& layer = layers.layers[i];
+    GramGradientLayer& to = work.layer[work.count++];
+    gradients.emplace_back(features[i], layer.features, to);
+    to.g = element(residual_of, layer.first);
+    to.loss = element(loss_of, int64_t(i));
+    to.scale = layer.weight * layer.factor * layer.scale * (layers.distance == StyleDistance::l2 ? 2 : 1);
+  }
+  const at::Tensor& f = layers.layers[0].features;
+  if (work.count > 0) gram_gradient(storage_of(f.scalar_type()), tf32_allowed(f), work, current_stream(f));
+  std::vector<at::Tensor> result;
+  auto next = gradients.begin();
+  for (size_t i = 0; i < features.size(); ++i) result.push_back(wanted[i] ? (next++)->finish() : at::empty({0}, features[i].options()));
+  return result;
 }
 
 }  // namespace
@@ -101,6 +160,7 @@ TORCH_LIBRARY_IMPL(deepsim_ext, DEEPSIM_CUDA_KEY, m) {
   m.impl("gram_matrix", gram_matrix);
   m.impl("gram_matrix_backward", gram_matrix_backward);
   m.impl("style_loss", style_loss);
+  m.impl("style_loss_backward", style_loss_backward);
 }
 
 }  // namespace deepsim::cuda

@@ -424,62 +424,127 @@ void check_all_pairs(const std::string& name, int64_t n, int64_t m, int64_t dept
   }
 }
 
+struct Shape {
+  int64_t batch, channels, positions;
+  bool channels_last;
+};
+
+// The style loss of all layers at once, and its gradient.
 template <class S>
-void check_gram(const std::string& name, int64_t batch, int64_t channels, int64_t positions, bool channels_last, std::mt19937& random) {
+void check_gram(const std::string& name, const std::vector<Shape>& shapes, StyleDistance distance, std::mt19937& random) {
   if (!wanted(name)) return;
   using T = Compute<S>;
-  Points<S> values(batch, channels * positions, 1, 0.3, random);
-  Features f{values.x, batch, channels, positions, channels * positions, channels_last ? 1 : positions, channels_last ? channels : 1};
-  const auto at = [&](int64_t b, int64_t c, int64_t k) {
-    return values.exact[b * f.batch_stride + c * f.channel_stride + k * f.position_stride];
-  };
-  const int slices = gram_slices(batch, channels, positions);
-  Buffer<T> matrix(batch * channels * channels), target(channels * channels), loss(1);
-  for (int64_t i = 0; i < target.size; ++i) target[i] = T(0.01 * double(i % 7));
-  Buffer<T> sums(batch * slices * gram_tiles(channels) * kGramTile * kGramTile);
-  Buffer<double> losses(gram_reduce_blocks(batch, channels));
-  Buffer<uint32_t> finished(1, 0);
-  const double scale = 1.0 / double(channels * positions);
-  gram(kStorage<S>, false, f, {slices, sums, losses, finished},
-       {matrix, target, 0, loss, scale, 0.5, true}, nullptr);
-  synchronize();
-  double error = 0, norm = 0, expected = 0;
-  for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t i = 0; i < channels; ++i) {
-      for (int64_t j = 0; j < channels; ++j) {
-        double sum = 0;
-        for (int64_t k = 0; k < positions; ++k) sum += at(b, i, k) * at(b, j, k);
-        const double v = scale * sum - double(target[i * channels + j]);
-        error += std::pow(double(matrix[(b * channels + i) * channels + j]) - v, 2);
-        norm += v * v;
-        expected += v * v;
-      }
-    }
-  }
-  expect(std::sqrt(error) <= 2e-6 * std::sqrt(norm), name + ": matrix");
-  expect(std::fabs(double(loss[0]) - 0.5 * expected) <= 1e-5 * expected, name + ": loss");
+  struct Layer {
+    Points<S> values;
+    Buffer<T> matrix, target, symmetric;
+    Buffer<S> grad;
+    double loss = 0;
 
-  Buffer<S> grad(values.x.size);
-  Buffer<T> symmetric(matrix.size);
-  Features to = f;
-  to.data = &grad[0];
-  gram_gradient(kStorage<S>, false, f, matrix, scale, symmetric, to, nullptr);
+    Layer(const Shape& s, std::mt19937& random)
+        : values(s.batch, s.channels * s.positions, 1, 0.3, random),
+          matrix(s.batch * s.channels * s.channels),
+          target(s.channels * s.channels),
+          symmetric(matrix.size),
+          grad(values.x.size) {}
+  };
+  std::vector<std::unique_ptr<Layer>> layers;
+  Gram work = {};
+  work.distance = distance;
+  for (const Shape& s : shapes) {
+    layers.push_back(std::make_unique<Layer>(s, random));
+    Layer& l = *layers.back();
+    for (int64_t i = 0; i < l.target.size; ++i) l.target[i] = T(0.01 * double(i % 7));
+    GramLayer& to = work.layer[work.count++];
+    to.features = {l.values.x, s.batch, s.channels, s.positions, s.channels * s.positions, s.channels_last ? 1 : s.positions,
+                   s.channels_last ? s.channels : 1};
+    to.matrix = &l.matrix[0];
+    to.target = &l.target[0];
+    to.scale = 1.0 / double(s.channels * s.positions);
+    to.factor = 0.5;
+    to.weight = double(work.count);
+  }
+  plan_gram(work);
+  Buffer<T> loss(1), losses(work.count), sums(work.sum_blocks * kGramTile * kGramTile);
+  Buffer<double> partial_losses(work.reduce_blocks);
+  Buffer<uint32_t> finished(1, 0);
+  work.loss = loss;
+  work.losses = losses;
+  work.sums = sums;
+  work.partial_losses = partial_losses;
+  work.finished = finished;
+  gram(kStorage<S>, false, work, nullptr);
   synchronize();
-  error = norm = 0;
-  for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t c = 0; c < channels; ++c) {
-      for (int64_t k = 0; k < positions; ++k) {
-        double sum = 0;
-        for (int64_t j = 0; j < channels; ++j) {
-          const int64_t square = b * channels * channels;
-          sum += scale * (double(matrix[square + c * channels + j]) + double(matrix[square + j * channels + c])) * at(b, j, k);
+
+  double total = 0;
+  for (int i = 0; i < work.count; ++i) {
+    Layer& l = *layers[i];
+    const Features& f = work.layer[i].features;
+    double error = 0, norm = 0, sum_of_distances = 0;
+    for (int64_t b = 0; b < f.batch; ++b) {
+      for (int64_t r = 0; r < f.channels; ++r) {
+        for (int64_t c = 0; c < f.channels; ++c) {
+          double sum = 0;
+          for (int64_t k = 0; k < f.positions; ++k)
+            sum += l.values.exact[b * f.batch_stride + r * f.channel_stride + k * f.position_stride] *
+                   l.values.exact[b * f.batch_stride + c * f.channel_stride + k * f.position_stride];
+          const double v = work.layer[i].scale * sum - double(l.target[r * f.channels + c]);
+          error += std::pow(double(l.matrix[(b * f.channels + r) * f.channels + c]) - v, 2);
+          norm += v * v;
+          sum_of_distances += distance == StyleDistance::l1 ? std::fabs(v) : v * v;
         }
-        error += std::pow(value_of(grad[b * f.batch_stride + c * f.channel_stride + k * f.position_stride]) - sum, 2);
-        norm += sum * sum;
       }
     }
+    const std::string layer = name + ", layer " + std::to_string(i);
+    expect(std::sqrt(error) <= 2e-6 * std::sqrt(norm), layer + ": matrix");
+    l.loss = 0.5 * sum_of_distances;
+    if (distance == StyleDistance::frobenius) l.loss = std::sqrt(l.loss);
+    expect(std::fabs(double(losses[i]) - l.loss) <= 1e-5 * l.loss, layer + ": loss");
+    total += double(i + 1) * l.loss;
   }
-  expect(std::sqrt(error) <= 5e-3 * std::sqrt(norm), name + ": gradient");
+  expect(std::fabs(double(loss[0]) - total) <= 1e-5 * total, name + ": loss");
+
+  // All but the first: what is handed on need not be what was summed.
+  Buffer<T> grad_loss(1);
+  grad_loss[0] = T(0.75);
+  GramGradient gradient = {};
+  gradient.distance = distance;
+  gradient.grad_loss = grad_loss;
+  for (int i = work.count > 1; i < work.count; ++i) {
+    GramGradientLayer& to = gradient.layer[gradient.count++];
+    to.features = to.grad = work.layer[i].features;
+    to.grad.data = &layers[i]->grad[0];
+    to.g = &layers[i]->matrix[0];
+    to.symmetric = &layers[i]->symmetric[0];
+    to.scale = work.layer[i].scale;
+    to.loss = &losses[i];
+  }
+  gram_gradient(kStorage<S>, false, gradient, nullptr);
+  synchronize();
+  for (int i = work.count > 1; i < work.count; ++i) {
+    Layer& l = *layers[i];
+    const Features& f = work.layer[i].features;
+    const auto value = [&](double x) {
+      if (distance == StyleDistance::l1) return double((x > 0) - (x < 0));
+      return distance == StyleDistance::l2 ? x : x / l.loss;
+    };
+    double error = 0, norm = 0;
+    for (int64_t b = 0; b < f.batch; ++b) {
+      for (int64_t c = 0; c < f.channels; ++c) {
+        for (int64_t k = 0; k < f.positions; ++k) {
+          double sum = 0;
+          for (int64_t j = 0; j < f.channels; ++j) {
+            const int64_t square = b * f.channels * f.channels;
+            sum += 0.75 * work.layer[i].scale *
+                   (value(double(l.matrix[square + c * f.channels + j])) + value(double(l.matrix[square + j * f.channels + c]))) *
+                   l.values.exact[b * f.batch_stride + j * f.channel_stride + k * f.position_stride];
+          }
+          error += std::pow(value_of(l.grad[b * f.batch_stride + c * f.channel_stride + k * f.position_stride]) - sum, 2);
+          norm += sum * sum;
+        }
+      }
+    }
+    expect(std::sqrt(error) <= 5e-3 * std::sqrt(norm), name + ", layer " + std::to_string(i) + ": gradient");
+  }
 }
 
 template <class S>
@@ -499,9 +564,10 @@ void check_all(const std::string& type, std::mt19937& random) {
   check_all_pairs<S>(type + " pairs", 90, 0, 21, 12, random);
   check_all_pairs<S>(type + " pairs, two labels", 70, 0, 5, 2, random);
   check_all_pairs<S>(type + " pairs, references", 20, 130, 70, 6, random);
-  check_gram<S>(type + " gram", 2, 70, 77, false, random);
-  check_gram<S>(type + " gram, slices", 1, 5, 700, false, random);
-  check_gram<S>(type + " gram, channels_last", 1, 67, 40, true, random);
+  check_gram<S>(type + " gram, slices", {{1, 5, 700, false}}, StyleDistance::l2, random);
+  check_gram<S>(type + " gram, layers", {{1, 5, 30, false}, {2, 70, 77, false}, {1, 67, 40, true}}, StyleDistance::l2, random);
+  check_gram<S>(type + " gram, absolute", {{1, 3, 20, true}, {2, 9, 33, false}}, StyleDistance::l1, random);
+  check_gram<S>(type + " gram, roots", {{1, 3, 20, true}, {2, 9, 33, false}}, StyleDistance::frobenius, random);
 }
 
 }  // namespace

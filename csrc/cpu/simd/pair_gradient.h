@@ -19,8 +19,9 @@ template <class S, class T>
 DEEPSIM_INLINE void unpack_gradient(const PairGradient<T>& g, int64_t p, const S* x, double x_scale, T* sum) {
   constexpr int64_t NR = kPanelRows<T>;
   const int64_t depth = g.rows.depth;
-  const T* gathered = g.gathered + (p / NR) * depth * NR + p % NR;
-  for (int64_t k = 0; k < depth; ++k) sum[k] = gathered[k * NR] * g.gathered_factor;
+  const T* gathered = g.gathered + (p / NR) * gathered_depth(depth) * NR + p % NR;
+  const T *packed = g.packed + (p / NR) * depth * NR + p % NR, total = gathered[depth * NR];
+  for (int64_t k = 0; k < depth; ++k) sum[k] = (gathered[k * NR] + total * packed[k * NR]) * g.gathered_factor;
   if (g.distance != Distance::cosine) return;
   const double along = sum_of(depth, [=](int64_t k) { return double(sum[k]) * (double(widen(x[k])) * x_scale); });
   for (int64_t k = 0; k < depth; ++k) sum[k] = T((double(sum[k]) - along * (double(widen(x[k])) * x_scale)) * x_scale);

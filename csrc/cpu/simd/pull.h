@@ -1,6 +1,7 @@
 // The gradient of a loss of all pairs: every pair (i, j) pulls its two rows with a strength s_ij,
 //     gradient_j += s_ij (x_j - x_i),    gradient_i += s_ij (x_i - x_j),
-// which for a tile of pairs is one product with the other panel, as fast as the product that gave the distances.
+// which for a tile of pairs is one product with the other panel, as fast as the product that gave the distances. A row's own part,
+// x_j times the sum of its strengths, is left to the end: the sums stand behind the gradient of a panel (gathered_depth in kernels.h).
 #pragma once
 
 #include <type_traits>  // integral_constant: types only, no code
@@ -9,9 +10,9 @@
 
 namespace deepsim::cpu::DEEPSIM_CAPABILITY {
 
-// gradient[k][c] += sum over m of s[m][c] (self[k][c] - other[k][m]) for kRows values of k; total[c] = sum over m of s[m][c].
+// gradient[k][c] -= sum over m of s[m][c] other[k][m] for kRows values of k.
 template <class T, int kRows>
-DEEPSIM_INLINE void pull_rows(const T* self, const T* other, const T* s, const Vec<T>* total, T* gradient) {
+DEEPSIM_INLINE void pull_rows(const T* other, const T* s, T* gradient) {
   constexpr int W = kLanes<T>, NR = kPanelRows<T>;
   Vec<T> sum[kRows][kMicroVectors] = {};
   for (int m = 0; m < NR; ++m) {
@@ -30,12 +31,12 @@ DEEPSIM_INLINE void pull_rows(const T* self, const T* other, const T* s, const V
 #pragma GCC unroll 8
     for (int v = 0; v < kMicroVectors; ++v) {
       T* out = gradient + k * NR + v * W;
-      store(out, load<T>(out) + (total[v] * load(self + k * NR + v * W) - sum[k][v]));
+      store(out, load<T>(out) - sum[k][v]);
     }
   }
 }
 
-// The same difference by difference, for tiles in which rows are so close that the sums above would cancel.
+// Difference by difference, the row's own part too, for tiles in which rows are so close that the sums above would cancel.
 template <class T, int kRows>
 DEEPSIM_INLINE void pull_rows_by_differences(const T* self, const T* other, const T* s, T* gradient) {
   constexpr int W = kLanes<T>, NR = kPanelRows<T>;
@@ -60,16 +61,21 @@ DEEPSIM_INLINE void pull_rows_by_differences(const T* self, const T* other, cons
 template <class T>
 inline void pull(const T* self, const T* other, const T* s, int64_t depth, bool close, T* gradient) {
   constexpr int W = kLanes<T>, NR = kPanelRows<T>;
-  Vec<T> total[kMicroVectors] = {};
-  for (int m = 0; m < NR; ++m)
-    for (int v = 0; v < kMicroVectors; ++v) total[v] += load(s + m * NR + v * W);
+  if (!close) {
+    T* strength = gradient + depth * NR;
+    for (int v = 0; v < kMicroVectors; ++v) {
+      Vec<T> total = {};
+      for (int m = 0; m < NR; ++m) total += load(s + m * NR + v * W);
+      store(strength + v * W, load<T>(strength + v * W) + total);
+    }
+  }
   int64_t k = 0;
   const auto step = [&](auto rows) {
     constexpr int kRows = decltype(rows)::value;
     if (close) {
       pull_rows_by_differences<T, kRows>(self + k * NR, other + k * NR, s, gradient + k * NR);
     } else {
-      pull_rows<T, kRows>(self + k * NR, other + k * NR, s, total, gradient + k * NR);
+      pull_rows<T, kRows>(other + k * NR, s, gradient + k * NR);
     }
     k += kRows;
   };
@@ -100,14 +106,14 @@ inline void pull_tile(const TileBlock<T>& m, int64_t row, int64_t column, const 
   constexpr int64_t NR = kPanelRows<T>;
   alignas(64) T transposed[NR * NR];
   transpose_tile(strength, transposed);
-  const int64_t depth = m.rows.depth;
+  const int64_t depth = m.rows.depth, stride = gathered_depth(depth);
   const T *rows = m.rows.panels + row * depth, *columns = m.columns.panels + column * depth;
   if (diagonal) {
     for (int64_t i = 0; i < NR * NR; i += kLanes<T>) store(transposed + i, load(transposed + i) + load(strength + i));
   } else {
-    pull(columns, rows, strength, depth, close, column_gradient + column * depth);
+    pull(columns, rows, strength, depth, close, column_gradient + column * stride);
   }
-  pull(rows, columns, transposed, depth, close, row_gradient + row * depth);
+  pull(rows, columns, transposed, depth, close, row_gradient + row * stride);
 }
 
 // Replaces the weights of a tile's distances (derivatives of the loss by them) by strengths, given its distances.
