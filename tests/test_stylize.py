@@ -96,7 +96,11 @@ def test_the_rules_of_a_preset():
     """What papers that used Caffe call conv4_2 is the response after the ReLU."""
     rules = Options(preset="gatys_paper").rules(with_content=True)
     assert rules.style_layers == ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
-    assert rules.content_layers == ("relu4_2",) and rules.style_weight == 1e3
+    assert rules.content_layers == ("relu4_2",)
+    assert (
+        rules.style_weight == 1e4 and Options(preset="jcjohnson").rules(with_content=True).style_weight == 100
+    )
+    assert Options(preset="gatys_paper", style_weight=1e3).rules(with_content=True).style_weight == 1e3
     assert Options(preset="pytorch_tutorial").rules(with_content=True).content_layers == ("conv2_2",)
     assert Options(preset="gatys_paper").rules(with_content=False).content_layers == ()
     assert Options(preset="film").rules(with_content=True).content_layers == ()

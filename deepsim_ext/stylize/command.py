@@ -61,8 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="gatys_paper, jcjohnson, pystiche, ... of deepsim_ext.style_preset; those for VGG16 run on"
         " VGG19's layers of the same names (default: %(default)s)",
     )
-    for term in ("content", "style", "tv"):
-        loss.add_argument(f"--{term}-weight", type=float, help="default: the preset's")
+    loss.add_argument("--content-weight", type=float, help="default: the preset's")
+    loss.add_argument(
+        "--style-weight", type=float, help="default: the preset's, for gatys_paper 1e4: larger than its own"
+    )
+    loss.add_argument("--tv-weight", type=float, help="default: the preset's")
     loss.add_argument("--pooling", choices=POOLINGS, default=default.pooling)
     loss.add_argument(
         "--weights",

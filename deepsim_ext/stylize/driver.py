@@ -81,8 +81,9 @@ def stylize(
         optimizer: "lbfgs" or "adam".
         learning_rate: None for 1 (lbfgs) or 0.02 (adam).
         preset: of `style_preset`. Those for VGG16 run on the layers of VGG19 of the same names.
-        content_weight, style_weight, tv_weight: None for the preset's. A preset without content loss keeps
-            the content only by where it starts, unless content_weight is given.
+        content_weight, style_weight, tv_weight: None for the preset's, but 1e4 for gatys_paper's style. A
+            preset without content loss keeps the content only by where it starts, unless content_weight is
+            given.
         blend: None for equal shares, or one number >= 0 per style.
         style_scale: size of the style pictures, as a factor of `size`: of their brush strokes.
         preserve_colors: only the luminance takes the style, the chroma stays the content's.

@@ -18,6 +18,9 @@ from ..vgg import POOLINGS
 OPTIMIZERS = ("lbfgs", "adam")
 LEARNING_RATES = {"lbfgs": 1.0, "adam": 0.02}
 CONTENT_LAYERS = ("relu4_2",)  # where a preset has none
+# Of gatys_paper, a ratio of 1e-4 from the middle of the range that the paper shows: its content loss is a sum
+# over positions, and with the preset's 1e3 it holds the style down from some 300 pixels on.
+STYLE_WEIGHT = 1e4
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,14 @@ class Options:
             preset,
             **layers,
             content_weight=float(content_weight),
-            style_weight=preset.style_weight if self.style_weight is None else float(self.style_weight),
+            style_weight=self._style_weight(preset),
             tv_weight=preset.tv_weight if self.tv_weight is None else float(self.tv_weight),
         )
+
+    def _style_weight(self, preset: StylePreset) -> float:
+        if self.style_weight is not None:
+            return float(self.style_weight)
+        return STYLE_WEIGHT if self.preset == "gatys_paper" else preset.style_weight
 
     def steps_by_scale(self, scales: int) -> list[int]:
         """Steps from the coarsest scale to the finest: each has half of those before it, and 1 at least."""
