@@ -11,14 +11,17 @@ BIN := $(VENV)/bin
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n auto
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-fast test-emulated lint cuda-check sanitize gpu-check bench bench-check scaling clean FORCE
+.PHONY: demo test suite test-fast test-emulated lint cuda-check sanitize gpu-check bench bench-check scaling clean FORCE
 
 demo: $(VENV)/built
 	$(BIN)/python -m deepsim_ext demo
 
-test: $(VENV)/built lint cuda-check sanitize
+# Two at a time, each with its output in one piece: some of it keeps one core busy only.
+test: $(VENV)/built lint
+	$(MAKE) --no-print-directory -j2 --output-sync=target cuda-check sanitize suite test-emulated
+
+suite: $(VENV)/built
 	$(PYTEST)
-	$(MAKE) --no-print-directory test-emulated
 
 test-fast: $(VENV)/built
 	$(PYTEST) -m "not slow"
