@@ -91,7 +91,7 @@ $(VENV)/torch: $(VENV).wish
 	touch $@
 
 $(VENV)/built: $(VENV)/torch $(SOURCES)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[demo,bench,test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[demo,eval,gallery,bench,test]"
 # They ask for torchvision, of which the losses that tests compare with need nothing; it would bring another torch.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps piq==0.8.0 pystiche==1.0.1
 	touch $@
