@@ -290,8 +290,9 @@ void check_gram(const std::string& name, const Kernels<T>& kernels, int64_t chan
   for (int64_t i = 0, tile = 0; i < panels; ++i) {
     for (int64_t j = i; j < panels; ++j, ++tile) {
       for (int64_t e = 0; e < width * width; ++e) {
-        const int64_t row = i * width + e / width, column = j * width + e % width;
-        if (row >= channels || column >= channels) continue;
+        const bool transposed = i < j && j + 1 == panels;
+        const int64_t row = (transposed ? j : i) * width + e / width, column = (transposed ? i : j) * width + e % width;
+        if (row >= channels || column >= channels || (i == j && column < row)) continue;
         double got = 0, wanted = 0;
         for (int s = 0; s < kSlices; ++s) got += double(sums[(s * tiles + tile) * width * width + e]);
         for (int64_t k = 0; k < positions; ++k) wanted += at(row, k) * at(column, k);

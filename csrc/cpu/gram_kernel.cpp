@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../common/checks.h"
@@ -29,7 +30,7 @@ int64_t slices_of(int64_t batch, int64_t positions) {
 // How many of the items that take `work` multiplications each are worth waking a thread for.
 int64_t grain(int64_t work) { return std::max<int64_t>(1, 262144 / std::max<int64_t>(1, work)); }
 
-// Upper-triangle tiles of every slice of every sample, [B][slices][tiles][panel_rows][panel_rows], not yet added up.
+// Tiles of every slice of every sample as Kernels::gram leaves them, [B][slices][tiles][panel_rows][panel_rows], not yet added up.
 template <class T>
 struct PartialTiles {
   int64_t slices, panels, tiles, tile_size;
@@ -82,19 +83,23 @@ double reduce_tiles(const Kernels<T>& kernels, const PartialTiles<T>& p, int64_t
       int64_t i = 0, j = tile;
       for (; j >= p.panels - i; ++i) j -= p.panels - i;
       j += i;
-      for (int64_t s = 0; s < p.slices; ++s) {
-        const T* part = tiles + ((b * p.slices + s) * p.tiles + tile) * p.tile_size;
-        for (int64_t e = 0; e < p.tile_size; ++e) total[e] = s == 0 ? part[e] : total[e] + part[e];
-      }
+      if (i < j && j + 1 == p.panels) std::swap(i, j);  // the rows of such a tile are those of the last panel
       const int64_t first_row = i * width, rows = std::min(width, channels - first_row);
       const int64_t first_column = j * width, columns = std::min(width, channels - first_column);
+      const auto first_of = [&](int64_t r) { return i == j ? r : 0; };
+      for (int64_t s = 0; s < p.slices; ++s) {
+        const T* part = tiles + ((b * p.slices + s) * p.tiles + tile) * p.tile_size;
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t e = r * width + first_of(r); e < (r + 1) * width; ++e) total[e] = s == 0 ? part[e] : total[e] + part[e];
+      }
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = first_of(r); c < columns; ++c) transposed[c * width + r] = total[r * width + c];
+      if (i == j)
+        for (int64_t r = 0; r < rows; ++r) std::copy_n(&transposed[r * width], r, &total[r * width]);
       double sum = 0;
       for (int64_t r = 0; r < rows; ++r) sum += run(b, first_row + r, first_column, &total[r * width], columns);
-      if (i != j) {  // a tile on the diagonal holds both halves, in the same bits
-        for (int64_t r = 0; r < rows; ++r)
-          for (int64_t c = 0; c < columns; ++c) transposed[c * width + r] = total[r * width + c];
+      if (i != j)
         for (int64_t c = 0; c < columns; ++c) sum += run(b, first_column + c, first_row, &transposed[c * width], rows);
-      }
       sums[item] = sum;
     }
   });

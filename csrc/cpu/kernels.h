@@ -226,8 +226,9 @@ struct Kernels {
                          int64_t begin, int64_t end, T* distances);
   // Rows of the packed positions [begin, end), each at its place in `grad`, [rows][depth].
   void (*pair_gradient)(const PairGradient<T>& g, int64_t begin, int64_t end, T* grad);
-  // Upper-triangle tiles of F F^T over the slice: tiles[(I, J), I <= J][panel_rows][panel_rows]. `packed` is scratch of
-  // gram_scratch(channels) elements.
+  // Upper-triangle tiles of F F^T over the slice: tiles[(I, J), I <= J][panel_rows][panel_rows], rows of panel I, columns of panel J.
+  // Less work where the last panel L is short: the tiles (I, L), I < L, are transposed, and rows beyond the channels are not
+  // written. Nor is what lies left of the diagonal in the tiles (I, I). `packed` is scratch of gram_scratch(channels) elements.
   int64_t (*gram_scratch)(int64_t channels);
   void (*gram)(const FeatureSlice& slice, T* packed, T* tiles);
   // grad = M F over the slice, M a symmetric [C, C] matrix packed as [panels][C][panel_rows] (element (r, k) of a panel at

@@ -45,10 +45,11 @@ void gram(const FeatureSlice& f, typename ComputeOf<S>::type* packed, typename C
   constexpr int64_t NR = kPanelRows<T>;
   const int64_t panels = channel_panels<T>(f.channels), most = packed_positions<T>(f.channels);
   const S* data = static_cast<const S*>(f.data);
+  const auto rows_of = [&](int64_t p) { return f.channels - p * NR < NR ? f.channels - p * NR : NR; };
   for (int64_t position = f.begin; position < f.end; position += most) {
     const int64_t depth = f.end - position < most ? f.end - position : most;
     for (int64_t p = 0; p < panels; ++p) {
-      const int64_t first = p * NR, count = f.channels - first < NR ? f.channels - first : NR;
+      const int64_t first = p * NR, count = rows_of(p);
       const S* origin = data + first * f.channel_stride + position * f.position_stride;
       T* panel = packed + first * most;
       if (f.position_stride == 1) {
@@ -59,9 +60,18 @@ void gram(const FeatureSlice& f, typename ComputeOf<S>::type* packed, typename C
       }
     }
     T* tile = tiles;
-    for (int64_t i = 0; i < panels; ++i)
-      for (int64_t j = i; j < panels; ++j, tile += NR * NR)
-        tile_product(packed + i * NR * most, packed + j * NR * most, depth, tile, position > f.begin);
+    for (int64_t i = 0; i < panels; ++i) {
+      const T* left = packed + i * NR * most;
+      symmetric_tile_product(left, depth, tile, position > f.begin, rows_of(i));
+      tile += NR * NR;
+      for (int64_t j = i + 1; j < panels; ++j, tile += NR * NR) {
+        const T* right = packed + j * NR * most;
+        if (j + 1 < panels)
+          tile_product(left, right, depth, tile, position > f.begin);
+        else
+          tile_product(right, left, depth, tile, position > f.begin, rows_of(j));
+      }
+    }
   }
 }
 
@@ -97,7 +107,7 @@ void gram_gradient(const FeatureSlice& f, const typename ComputeOf<S>::type* mat
       const int64_t positions = positions_from(position);
       S* out = static_cast<S*>(grad.data) + first * grad.channel_stride + position * grad.position_stride;
       if (grad.position_stride == 1) {
-        tile_product<T>(matrix, right, f.channels, tile, false);
+        tile_product<T>(matrix, right, f.channels, tile, false, channels);
         for (int64_t r = 0; r < channels; ++r)
           for (int64_t n = 0; n < positions; ++n) narrow(tile[r * NR + n], out + r * grad.channel_stride + n);
       } else {
