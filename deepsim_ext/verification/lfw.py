@@ -25,7 +25,7 @@ def read_lfw_pairs(path: str | Path) -> LfwPairs:
     Source: the README of LFW's pairs files, http://vis-www.cs.umass.edu/lfw/README.txt.
 
     Returns:
-        `LfwPairs`: images, each once, and pairs of them in the order of the file, as `kfold_accuracy` wants it.
+        `LfwPairs`: images, each once, and pairs of them in the order of the file, which is that of the folds.
 
     Raises:
         ValueError: the file cannot be read, or a line, which is named, is not as said above.

@@ -35,8 +35,8 @@ def pair_distances(embeddings: Array, pairs: Tensor | np.ndarray, *, distance: s
         distance: "sqeuclidean", "euclidean" or "cosine" (a zero row is at distance 1 from all).
 
     Returns:
-        [P], float32 or, of float64 embeddings, float64; a tensor on the device of the embeddings, or an array.
-        Half inputs are computed in float32. No gradient. Memory beyond the result is a few MB, or a few rows.
+        [P], float32 or, of float64 embeddings, float64; a tensor on their device, or an array.
+        Half inputs are computed in float32. No gradient. Memory beyond the result is some 20 MB.
 
     Raises:
         TypeError: an argument of the wrong Python type or dtype.
@@ -145,7 +145,8 @@ def hardest_pairs(
 
     Raises:
         TypeError: an argument of the wrong Python type or dtype.
-        ValueError: unknown distance, shapes that do not go together, a NaN or inf, or more pairs than there are.
+        ValueError: unknown distance, shapes that do not go together, a NaN or inf, or a count
+            of more pairs than there are.
     """
     function = "hardest_pairs"
     _checks.choice(function, "distance", distance, _checks.DISTANCES)
@@ -161,10 +162,8 @@ def hardest_pairs(
         pairs = np.unique(np.sort(np.stack([anchors, others], axis=1), axis=1), axis=0)
         far = pair_distances(x, pairs, distance=distance).cpu().numpy()
         kinds.append(pairs[np.argsort(sign * far, kind="stable")])
-    if count is None:
-        count = min(map(len, kinds))
-    else:
-        count = checks.pair_count(function, count, *map(len, kinds))
+    there = tuple(map(len, kinds))
+    count = min(there) if count is None else checks.pair_count(function, count, *there)
     return _in_turns(*(pairs[:count] for pairs in kinds))
 
 
@@ -177,7 +176,7 @@ def _rows(embeddings: Tensor | np.ndarray, indices: np.ndarray) -> Tensor:
 def _numbered(numbers: np.ndarray, order: np.ndarray, *, counts: np.ndarray, first: np.ndarray) -> np.ndarray:
     """int64 [P, 2], the pairs of these numbers, the smaller row first.
 
-    Place i of `order` is paired with `counts[i]` places from `first[i]` on; pairs are numbered place by place.
+    Place i of `order` is paired with `counts[i]` places from `first[i]` on; numbers go place by place.
     """
     ends = counts.cumsum()
     place = np.searchsorted(ends, numbers, side="right")

@@ -79,13 +79,12 @@ def val_at_far(
 ) -> ValidationRate:
     """Validation rate (true accept rate) at a false accept rate, by the LFW protocol.
 
-    Folds as in `kfold_accuracy`. The false accept rates of all thresholds on the other folds are a function of
-    the threshold; where it reaches `far`, between two thresholds by linear interpolation, is the threshold of
-    the fold. Of several thresholds with exactly that rate, the highest. If no threshold reaches `far`, 0; if
-    all exceed it, the lowest.
+    Folds as in `kfold_accuracy`. The threshold of a fold is where the false accept rate on all other folds
+    reaches `far`, between two of the thresholds by linear interpolation. Of several thresholds with exactly
+    that rate it is the highest. It is 0 if none of them reaches `far`, and the lowest if all exceed it.
 
-    Source: Schroff, Kalenichenko, Philbin, "FaceNet" (2015), section 4, and its evaluation by folds as FaceNet
-    and ArcFace do it.
+    Source: Schroff, Kalenichenko, Philbin, "FaceNet" (2015), section 4, by folds as the evaluations of
+    FaceNet and ArcFace do it.
 
     Args:
         distances: [P], finite; a tensor or NumPy array, float32, float64, bfloat16 or float16.
@@ -101,8 +100,8 @@ def val_at_far(
 
     Raises:
         TypeError: an argument of the wrong Python type or dtype.
-        ValueError: shapes that do not go together, a NaN or inf, folds or far out of range, thresholds that do
-            not ascend, a fold without same or without different pairs.
+        ValueError: shapes that do not go together, a NaN or inf, folds or far out of range, thresholds that
+            do not ascend, a fold without same or without different pairs.
         ImportError: scikit-learn, of the extra `eval`, is not installed.
     """
     function = "val_at_far"
