@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -89,13 +90,17 @@ def _shown(text: str) -> str:
 def _load(function: str, path: str | Path) -> np.ndarray:
     """The array in a .npy file, at least one number."""
     try:
-        # Mapping finds a file that is shorter than its header says before memory is allocated for it.
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, OverflowError, MemoryError) as problem:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the parser says of a damaged header
+            # Mapping finds a file that is shorter than its header says before memory is allocated for it.
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as problem:  # broken files come with errors of every kind
         got = problem.strerror if isinstance(problem, OSError) and problem.strerror else str(problem)
         first = (got.splitlines() or [type(problem).__name__])[0]
         raise error(ValueError, function, str(path), "a .npy file", first) from None
     if not isinstance(array, np.ndarray):
         array.close()
         raise error(ValueError, function, str(path), "a .npy file", "a .npz file")
+    if not array.size:
+        raise error(ValueError, function, str(path), "of one number at least", describe_array(array))
     return array if array.nbytes > MAPPED_FROM else np.array(array)
