@@ -323,6 +323,7 @@ def test_other_errors_word_for_word():
     d, same = scores("random", 20, 12)
     ascending = "thresholds must be a tensor, array or sequence of finite ascending numbers"
     in_order = np.arange(20) < 10
+    each_fold = "of both kinds in each of the 2 folds, cut in the order of the pairs"
     for call, kind, text in [
         (
             lambda: kfold_accuracy(d, same, folds=1),
@@ -349,12 +350,12 @@ def test_other_errors_word_for_word():
         (
             lambda: val_at_far(d, in_order, folds=2),
             ValueError,
-            "val_at_far: same must be of both kinds in each of the 2 folds, got no different pair in fold 1",
+            f"val_at_far: same must be {each_fold}, got no different pair in fold 1",
         ),
         (
             lambda: val_at_far(d, ~in_order, folds=2),
             ValueError,
-            "val_at_far: same must be of both kinds in each of the 2 folds, got no different pair in fold 2",
+            f"val_at_far: same must be {each_fold}, got no different pair in fold 2",
         ),
         (lambda: tar_at_far(d, same, [0.1, -1]), ValueError, "numbers from 0 to 1, got -1.0 among them"),
         (lambda: verify(d, math.nan), ValueError, "verify: threshold must be a finite number, got float nan"),

@@ -113,7 +113,7 @@ def val_at_far(
     sizes = np.stack([np.bincount(fold, ~pairs.same), np.bincount(fold, pairs.same)])  # [2, F]
     if not sizes.all():
         kind, number = np.argwhere(sizes == 0)[0]
-        expected = f"of both kinds in each of the {folds} folds"
+        expected = f"of both kinds in each of the {folds} folds, cut in the order of the pairs"
         got = f"no {('different', 'same')[kind]} pair in fold {number + 1}"
         raise error(ValueError, function, "same", expected, got)
     false_accepts = accepted_counts(pairs, grid, fold, folds)[0]
