@@ -213,7 +213,8 @@ def test_best_threshold_of_one_kind_and_of_neighbours_in_float64():
     assert best_threshold(d, np.array([False, False])) == (1.0, 1.0)
     d = np.array([1.0, np.nextafter(1.0, 2)])
     assert best_threshold(d, np.array([True, False])) == (d[1], 1.0)
-    assert best_threshold(np.array([-1e308, 1e308]), np.array([True, False])) == (0.0, 1.0)
+    huge = np.array([1e308, 1.5e308])
+    assert best_threshold(huge, np.array([True, False])) == (1.25e308, 1.0)
 
 
 def test_verify_is_less_than():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import pickle
 import re
 
 import numpy as np
@@ -306,6 +307,7 @@ def test_broken_arrays(tmp_path, capsys):
         (b"0,1,2\n", ".npy file, got "),
         (archive, ".npy file, got a .npz file"),
         (npy(np.array([[Hostile()]]), allow_pickle=True), ".npy file, got "),
+        (pickle.dumps(Hostile()), ".npy file, got "),
         (npy(np.ones((0, 3))), "of one number at least, got float64 [0, 3]"),
         (npy(np.ones(3)), "float16, float32 or float64 of shape [N, D], got float64 [3]"),
         (npy(np.ones((3, 2), int)), "float16, float32 or float64 of shape [N, D], got int64 [3, 2]"),
