@@ -1,4 +1,4 @@
-"""The command line: `python -m deepsim_ext info | demo | stylize | profile-mining`."""
+"""The command line: `python -m deepsim_ext info | demo | stylize | verify | profile-mining`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from . import __version__, build_info, demo, profile_mining, stylize
+from .verification import command as verify
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     stylize.add_arguments(stylize_command)
     stylize_command.set_defaults(run=stylize.run)
+    verify_command = commands.add_parser(
+        "verify", help="are these two the same: accuracy, error rates and ROC curve of embeddings"
+    )
+    verify.add_arguments(verify_command)
+    verify_command.set_defaults(run=verify.run)
     profile_command = commands.add_parser(
         "profile-mining", help="throughput of triplet mining on this machine, stage by stage"
     )

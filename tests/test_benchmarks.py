@@ -15,6 +15,7 @@ from benchmarks import (
     bench_all_pairs,
     bench_batch_hard,
     bench_style,
+    bench_verification,
     check,
     hardness,
     instructions,
@@ -253,6 +254,13 @@ def test_quick_run_writes_results(tmp_path, capsys):
         "cpu-quick-batch_hard_time.png",
         "cpu-quick-batch_hard_memory.png",
     }
+
+
+def test_the_protocol_counted_and_looped():
+    (rows,), (same,) = bench_verification.draw(200)
+    found = bench_verification.counted(rows, same)
+    assert found == pytest.approx(bench_verification.looped(rows, same), rel=1e-12)
+    assert 0.5 < found[0] < 1
 
 
 def test_the_figures_in_the_readme_are_those_of_the_record():

@@ -135,9 +135,12 @@ MODULES = {
 }
 
 
+HEADS = ["L2Normalize", "SiameseDistance", "SiameseHead"]
+
+
 def test_functions_and_reference_agree_on_names():
     assert sorted(reference.__all__) == FUNCTIONS
-    assert sorted(nn.__all__) == sorted([*MODULES, "CrossBatchMemory", "StyleTransferLoss"])
+    assert sorted(nn.__all__) == sorted([*MODULES, *HEADS, "CrossBatchMemory", "StyleTransferLoss"])
 
 
 def test_everything_is_found_at_top_level():
@@ -191,7 +194,8 @@ RESULTS = ["ContrastiveResult", "NearestNeighbors", "StyleTransferResult", "Trip
 
 
 @pytest.mark.parametrize(
-    "name", [*MODULES, *RESULTS, "CrossBatchMemory", "GramAccumulator", "StyleTransferLoss", "build_info"]
+    "name",
+    [*MODULES, *HEADS, *RESULTS, "CrossBatchMemory", "GramAccumulator", "StyleTransferLoss", "build_info"],
 )
 def test_every_other_public_name_has_a_docstring(name):
     assert inspect.getdoc(getattr(nn, name, None) or getattr(deepsim_ext, name))

@@ -1,4 +1,4 @@
-"""The losses as modules: options at construction, tensors in `forward`."""
+"""The losses as modules: options at construction, tensors in `forward`. And the heads of Siamese networks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from .embeddings import (
     ContrastiveLoss,
     TripletMarginLoss,
 )
+from .heads import L2Normalize, SiameseDistance, SiameseHead
 from .memory import CrossBatchMemory
 from .style import ContentLoss, GramMatrix, StyleLoss, TotalVariationLoss
 from .style_transfer import StyleTransferLoss
@@ -23,6 +24,9 @@ __all__ = [
     "ContrastiveLoss",
     "CrossBatchMemory",
     "GramMatrix",
+    "L2Normalize",
+    "SiameseDistance",
+    "SiameseHead",
     "StyleLoss",
     "StyleTransferLoss",
     "TotalVariationLoss",

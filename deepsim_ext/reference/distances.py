@@ -9,8 +9,8 @@ from torch import Tensor
 def pairwise(x: Tensor, y: Tensor, distance: str) -> Tensor:
     """[N, M] distances between the rows of x [N, D] and y [M, D], to choose by: no second gradient."""
     if distance == "cosine":
-        zero = _zero_rows(x)[:, None] | _zero_rows(y)[None, :]
-        return torch.where(zero, 1.0, pairwise(_unit(x), _unit(y), "sqeuclidean") / 2)
+        zero = zero_rows(x)[:, None] | zero_rows(y)[None, :]
+        return torch.where(zero, 1.0, pairwise(unit_rows(x), unit_rows(y), "sqeuclidean") / 2)
     d = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
     return d if distance == "euclidean" else d.square()
 
@@ -27,7 +27,8 @@ def all_distances(
 def rowwise(a: Tensor, b: Tensor, distance: str) -> Tensor:
     """Distances between the rows of a and b, [..., D] each, differentiable to any order also at 0."""
     if distance == "cosine":  # of unit vectors, 1 - a.b = |a - b|^2 / 2, which does not cancel
-        return torch.where(_zero_rows(a) | _zero_rows(b), 1.0, rowwise(_unit(a), _unit(b), "sqeuclidean") / 2)
+        zero = zero_rows(a) | zero_rows(b)
+        return torch.where(zero, 1.0, rowwise(unit_rows(a), unit_rows(b), "sqeuclidean") / 2)
     squared = (a - b).square().sum(dim=-1)
     return _sqrt(squared) if distance == "euclidean" else squared
 
@@ -37,11 +38,11 @@ def _sqrt(x: Tensor) -> Tensor:
     return torch.where(x == 0, 0.0, torch.where(x == 0, 1.0, x).sqrt())
 
 
-def _zero_rows(x: Tensor) -> Tensor:
+def zero_rows(x: Tensor) -> Tensor:
     return (x == 0).all(dim=-1)
 
 
-def _unit(x: Tensor) -> Tensor:
+def unit_rows(x: Tensor) -> Tensor:
     """Rows scaled to length 1, whatever the range of their squares; a zero row stays zero."""
     largest = x.detach().abs().amax(dim=-1, keepdim=True)
     x = x / torch.where(largest == 0, 1.0, largest)

@@ -1,0 +1,106 @@
+"""Embeddings, labels and pairs from files: .npy and .csv. Nothing in a file is ever executed."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from .._checks import pairs as checks
+from .._checks.texts import error
+from .._checks.verification import ARRAY_FLOATS, describe_array
+from .results import LabelledPairs
+
+MAPPED_FROM = 2**28  # bytes: a larger file stays on disk
+HEADER = ["first", "second", "same"]
+DIGITS = 18  # of an index, within int64
+
+
+def load_embeddings(path: str | Path) -> np.ndarray:
+    """Embeddings [N, D] from a .npy file; one larger than 256 MB is mapped, not read.
+
+    Raises:
+        ValueError: the file is none, is broken, or holds anything else than float16, float32 or float64 of
+            shape [N, D] with N, D >= 1.
+    """
+    array = _load("load_embeddings", path)
+    if array.dtype not in ARRAY_FLOATS or array.ndim != 2:
+        expected = "float16, float32 or float64 of shape [N, D]"
+        raise error(ValueError, "load_embeddings", str(path), expected, describe_array(array))
+    return array
+
+
+def load_labels(path: str | Path) -> np.ndarray:
+    """Labels, int64 [N], from a .npy file of integers.
+
+    Raises:
+        ValueError: the file is none, is broken, or holds anything else than integers of shape [N], N >= 1.
+    """
+    array = _load("load_labels", path)
+    try:
+        return checks.labels_array("load_labels", array)
+    except (TypeError, ValueError):
+        expected = "integers of shape [N]"
+        raise error(ValueError, "load_labels", str(path), expected, describe_array(array)) from None
+
+
+def read_pairs(path: str | Path) -> LabelledPairs:
+    """Pairs from a .csv file: two indices of rows, from 0, and 1 for the same or 0 for different.
+
+    The columns are first, second, same; a first line with these names may be there or not.
+
+    Raises:
+        ValueError: the file cannot be read, has no pair or a line that is none, which is named.
+    """
+    pairs, same = [], []
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            for number, line in enumerate(csv.reader(file, strict=True), 1):
+                fields = [field.strip() for field in line]
+                if number == 1 and fields == HEADER:
+                    continue
+                if not _is_pair(fields):
+                    where, expected = f"{path}, line {number},", "two indices and 0 or 1"
+                    raise error(ValueError, "read_pairs", where, expected, _shown(",".join(line)))
+                pairs.append((int(fields[0]), int(fields[1])))
+                same.append(fields[2] == "1")
+    except (OSError, UnicodeDecodeError, csv.Error) as problem:
+        got = problem.strerror if isinstance(problem, OSError) and problem.strerror else str(problem)
+        raise error(ValueError, "read_pairs", str(path), "a readable .csv file", got) from None
+    if not pairs:
+        raise error(ValueError, "read_pairs", str(path), "of at least one pair", "none")
+    return LabelledPairs(np.array(pairs, np.int64), np.array(same))
+
+
+def _is_pair(fields: list[str]) -> bool:
+    return (
+        len(fields) == 3
+        and all(field.isascii() and field.isdigit() and len(field) <= DIGITS for field in fields[:2])
+        and fields[2] in ("0", "1")
+    )
+
+
+def _shown(text: str) -> str:
+    """The start of a line of a file, for an error."""
+    return repr(text if len(text) <= 60 else f"{text[:60]}…")
+
+
+def _load(function: str, path: str | Path) -> np.ndarray:
+    """The array in a .npy file, at least one number."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the parser says of a damaged header
+            # Mapping finds a file that is shorter than its header says before memory is allocated for it.
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as problem:  # broken files come with errors of every kind
+        got = problem.strerror if isinstance(problem, OSError) and problem.strerror else str(problem)
+        first = (got.splitlines() or [type(problem).__name__])[0]
+        raise error(ValueError, function, str(path), "a .npy file", first) from None
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise error(ValueError, function, str(path), "a .npy file", "a .npz file")
+    if not array.size:
+        raise error(ValueError, function, str(path), "of one number at least", describe_array(array))
+    return array if array.nbytes > MAPPED_FROM else np.array(array)
