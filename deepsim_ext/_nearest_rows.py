@@ -47,7 +47,7 @@ def stripes(queries: Tensor, gallery: Tensor, *, distance: str) -> Iterator[tupl
 
 
 def _nearest(queries: Tensor, gallery: Tensor, k: int, take: int, distance: str) -> NearestNeighbors:
-    """By looking at the `take` >= k nearest rows, and at more where the last of them is as near as the k-th."""
+    """By looking at the `take` >= k nearest rows, and at more where the last is as near as the k-th."""
     distances = queries.new_empty(len(queries), k)
     indices = torch.empty_like(distances, dtype=torch.int64)
     if take > MAX_NEIGHBORS:

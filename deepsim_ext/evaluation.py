@@ -1,4 +1,4 @@
-"""How good embeddings are for retrieval: precision@1, recall@k, R-precision, MAP@R, MRR, and NMI of clusters."""
+"""How good embeddings are for retrieval and clustering: precision@1, recall@k, R-precision, MAP@R, MRR, NMI."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def retrieval_metrics(
         AP@R          sum over i <= R of precision@i if reference i matches, else 0; divided by R
         RR            1 / rank of the first match, however far behind it is
 
-    Queries with R = 0 are left out. Sources: Musgrave, Belongie, Lim, "A Metric Learning Reality Check" (2020)
-    for R-precision and MAP@R; Jegou, Douze, Schmid, "Product Quantization for Nearest Neighbor Search" (2011)
-    for recall@k. Values are those of pytorch-metric-learning's `AccuracyCalculator` with its default k, all
-    references; given a k, its mean_reciprocal_rank is 0 for a first match behind k. Memory is O(N + M) (D + 1)
+    Queries with R = 0 are left out. Sources: Musgrave, Belongie, Lim, "A Metric Learning Reality Check"
+    (2020) for R-precision and MAP@R; Jegou, Douze, Schmid, "Product Quantization for Nearest Neighbor Search"
+    (2011) for recall@k. The values are those of pytorch-metric-learning's `AccuracyCalculator` with its default k,
+    all references; given a k, its mean_reciprocal_rank is 0 for a first match behind k. Memory is O(N + M) D
     and a workspace: no N x M matrix.
 
     Args:
@@ -110,16 +110,15 @@ def retrieval_metrics(
     )
 
 
-def nmi(embeddings: Tensor, labels: Tensor, *, clusters: Tensor | None = None, seed: int = 0) -> float:
-    """Normalised mutual information of labels and clusters, 0 to 1: 2 I(labels; clusters) / (H(labels) + H(clusters)).
+def nmi(embeddings: Tensor, labels: Tensor, *, seed: int = 0) -> float:
+    """Normalised mutual information of labels and as many clusters by k-means, from 0 to 1.
 
-    Source: Manning, Raghavan, Schuetze, "Introduction to Information Retrieval" (2008), 16.3; by scikit-learn,
-    which comes with the extra `deepsim-ext[eval]`.
+    2 I(labels; clusters) / (H(labels) + H(clusters)). Source: Manning, Raghavan, Schuetze, "Introduction to
+    Information Retrieval" (2008), 16.3; by scikit-learn, which comes with the extra `deepsim-ext[eval]`.
 
     Args:
         embeddings: [N, D] with N, D >= 1; float32, float64, bfloat16 or float16. Finite.
         labels: int64 [N].
-        clusters: int64 [N], the cluster of every row. None: those of k-means with as many clusters as labels.
         seed: of k-means, from 0 to 2**32 - 1.
 
     Raises:
@@ -127,7 +126,7 @@ def nmi(embeddings: Tensor, labels: Tensor, *, clusters: Tensor | None = None, s
         TypeError: an argument of the wrong Python type or dtype.
         ValueError: values that are not finite or too long for their squares, or wrong shapes.
     """
-    x, seed = checks.nmi("nmi", embeddings, labels, clusters, seed)
+    x, seed = checks.nmi("nmi", embeddings, labels, seed)
     check_comparable("nmi", "embeddings", x)
     try:
         from sklearn.cluster import KMeans
@@ -136,10 +135,7 @@ def nmi(embeddings: Tensor, labels: Tensor, *, clusters: Tensor | None = None, s
         raise ImportError("nmi: scikit-learn not installed; pip install deepsim-ext[eval]") from problem
     # Numbered from 0: what scikit-learn does with large integers does not matter.
     classes, labels = labels.unique(return_inverse=True)
-    if clusters is None:
-        clusters = KMeans(len(classes), n_init=1, random_state=seed).fit_predict(x.detach().cpu().numpy())
-    else:
-        clusters = clusters.unique(return_inverse=True)[1].cpu().numpy()
+    clusters = KMeans(len(classes), random_state=seed).fit_predict(x.detach().cpu().numpy())
     return float(normalized_mutual_info_score(labels.cpu().numpy(), clusters))
 
 
@@ -170,7 +166,10 @@ def _scores(
     own: Tensor | None,
     distance: str,
 ) -> Tensor:
-    """float64 [Q, 3]: rank of the first match, R-precision, AP@R; `own` are the rows of the queries among references."""
+    """float64 [Q, 3]: rank of the first match, R-precision, AP@R.
+
+    Every query has a match; `own` are the rows of the queries among the references.
+    """
     available = len(references) - (own is not None)
     k = min(max(int(matches.max()), FIRST_LOOK), available)
     indices = nearest_rows(queries, references, k + (own is not None), distance=distance).indices
@@ -191,10 +190,9 @@ def _scores(
         )
     match &= position <= matches[:, None]
     precision = match.cumsum(dim=1).double() / position
-    in_first_r = match.sum(dim=1).double()
-    return torch.stack(
-        [first.double(), in_first_r / matches, (precision * match).sum(dim=1) / matches], dim=1
-    )
+    r_precision = match.sum(dim=1).double() / matches
+    average_precision = (precision * match).sum(dim=1) / matches
+    return torch.stack([first.double(), r_precision, average_precision], dim=1)
 
 
 def _without(indices: Tensor, own: Tensor) -> Tensor:

@@ -45,15 +45,11 @@ def retrieval_metrics(
     return RetrievalArguments(x.to(dtype), labels, references, ref_labels, ks)
 
 
-def nmi(
-    function: str, embeddings: Tensor, labels: Tensor, clusters: Tensor | None, seed: int
-) -> tuple[Tensor, int]:
+def nmi(function: str, embeddings: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, int]:
     """All arguments of nmi; returns embeddings in the dtype of the arithmetic, and the seed."""
     check_embeddings(function, "embeddings", embeddings, "[N, D]")
     if not len(embeddings):
         raise error(ValueError, function, "embeddings", "of at least one row", describe(embeddings))
     check_labels(function, "labels", labels, "N", "embeddings", embeddings)
-    if clusters is not None:
-        check_labels(function, "clusters", clusters, "N", "embeddings", embeddings)
     seed = integer_in(function, "seed", seed, 0, 2**32 - 1)
     return embeddings.to(compute_dtype(embeddings)), seed
