@@ -1,4 +1,4 @@
-"""How good embeddings are for retrieval and clustering: precision@1, recall@k, R-precision, MAP@R, MRR, NMI."""
+"""How good embeddings are: precision@1, recall@k, R-precision, MAP@R, MRR of retrieval, NMI of clusters."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def retrieval_metrics(
 
     Queries with R = 0 are left out. Sources: Musgrave, Belongie, Lim, "A Metric Learning Reality Check"
     (2020) for R-precision and MAP@R; Jegou, Douze, Schmid, "Product Quantization for Nearest Neighbor Search"
-    (2011) for recall@k. The values are those of pytorch-metric-learning's `AccuracyCalculator` with its default k,
-    all references; given a k, its mean_reciprocal_rank is 0 for a first match behind k. Memory is O(N + M) D
-    and a workspace: no N x M matrix.
+    (2011) for recall@k. The values are those of pytorch-metric-learning's `AccuracyCalculator` with its
+    default k, all references; given a k, its mean_reciprocal_rank is 0 for a first match behind k. Memory is
+    O((N + M) D) and a workspace: no N x M matrix.
 
     Args:
         embeddings: [N, D] with D >= 1; float32, float64, bfloat16 or float16 (computed in float32). Finite.
