@@ -39,7 +39,7 @@ def add_identify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_enroll(args: argparse.Namespace) -> int:
-    """Enrolls and removes; exit code 0, or 1 for a missing package and 2 for unusable input: nothing changes."""
+    """Enrolls and removes, or changes nothing: exit code 1 for a missing package, 2 for unusable input."""
     return _exit_code("enroll", _enroll, args)
 
 

@@ -86,8 +86,8 @@ class FaissSearch:
         """float64 [Q]: what the distances of rows behind the last candidate, with that score, are above.
 
         A float32 sum of D products is off by less than D u times the product of lengths, u = 2^-24. For
-        squared distances that is D u (|q| + |g|)^2: at most 16 D u |q|^2 if |g| <= 3 |q|, else 4 D u times the
-        squared distance itself. The 8 beside D is for rounding before and after; all of it twice.
+        squared distances that is D u (|q| + |g|)^2: at most 16 D u |q|^2 if |g| <= 3 |q|, else 4 D u times
+        the squared distance itself. The 8 beside D is for rounding before and after; all of it twice.
         """
         off = 2 * (queries.shape[1] + 8) * 2.0**-24
         if self.distance == "cosine":
