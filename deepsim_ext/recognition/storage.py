@@ -190,10 +190,11 @@ def _read(path: Path, least: int, most: int) -> bytes:
     except OSError as problem:
         link = path.is_symlink()
         raise ValueError(f"{path}: {'a link, not a file' if link else problem.strerror}") from None
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        raise ValueError(f"{path}: not a regular file")
     with open(handle, "rb") as file:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path}: not a regular file")
         if not least <= status.st_size <= most:
             raise ValueError(f"{path}: {status.st_size} bytes, where there should be {least} to {most}")
         return file.read(most)
