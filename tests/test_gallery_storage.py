@@ -96,6 +96,7 @@ def test_an_empty_gallery_is_one_too(tmp_path):
 def test_saving_replaces_what_was_there_and_nothing_else(folder):
     (folder / "embeddings-of-mine.safetensors").write_text("mine")
     (folder / f"embeddings-{'0' * 64}.safetensors").write_text("left by a crash")
+    (folder / f".embeddings-{'0' * 64}.safetensors.part").write_text("left by a crash")
     gallery = Gallery.load(folder)
     gallery.remove("a")
     gallery.save(folder)
@@ -136,6 +137,22 @@ def test_a_crash_leaves_the_old_gallery_or_the_new_one(folder, monkeypatch, call
     assert same(Gallery.load(folder), new if which >= replaced else old)
     new.save(folder)
     assert same(Gallery.load(folder), new) and len(os.listdir(folder)) == 2
+
+
+def test_a_gallery_that_is_replaced_while_it_is_read(folder, monkeypatch):
+    new = Gallery(2)
+    new.enroll("c", torch.tensor([9.0, 9.0]))
+    path, read = embeddings_of(folder), storage._read
+
+    def late(asked: Path, *sizes: int) -> bytes:
+        if asked == path and path.exists():
+            new.save(folder)
+        return read(asked, *sizes)
+
+    monkeypatch.setattr(storage, "_read", late)
+    assert same(Gallery.load(folder), new)
+    embeddings_of(folder).unlink()
+    assert error_of(folder).endswith(".safetensors: missing")
 
 
 def test_a_link_in_the_place_of_a_part_is_not_followed(folder, tmp_path):

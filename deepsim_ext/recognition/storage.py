@@ -28,7 +28,7 @@ from .._nearest_rows import check_comparable
 
 FORMAT, VERSION = "deepsim_ext gallery", 1
 JSON_NAME, JSON_LIMIT = "gallery.json", 2**30  # bytes
-EMBEDDINGS_NAME = re.compile(r"embeddings-[0-9a-f]{64}\.safetensors")
+OWN_NAME = re.compile(r"embeddings-[0-9a-f]{64}\.safetensors|\.embeddings-[0-9a-f]{64}\.safetensors\.part")
 HEADER_LIMIT = 4096  # bytes of a file of templates beside the templates
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 KEYS = {
@@ -76,7 +76,7 @@ def write(folder: str | PathLike[str], stored: Stored) -> None:
     replace_file(folder / JSON_NAME, json.dumps(content).encode())
     # What no gallery names any more: the one before, and what crashes left behind.
     for path in folder.iterdir():
-        if EMBEDDINGS_NAME.fullmatch(path.name) and path != embeddings:
+        if OWN_NAME.fullmatch(path.name) and path != embeddings:
             with suppress(OSError):
                 path.unlink()
 
@@ -84,13 +84,18 @@ def write(folder: str | PathLike[str], stored: Stored) -> None:
 def read(folder: str | PathLike[str]) -> Stored:
     """What `write` put there; ValueError for anything else, naming the file."""
     safetensors = _safetensors()
-    path = Path(folder) / JSON_NAME
-    content = _content(path)
+    folder = Path(folder)
+    content = _content(folder / JSON_NAME)
     size, dtype = content["embedding_size"], DTYPES[content["dtype"]]
     rows = sum(content["counts"])
-    path = _embeddings_path(Path(folder), content["sha256"])
+    path = _embeddings_path(folder, content["sha256"])
     expected = rows * size * dtype.itemsize
-    data = _read(path, expected, expected + HEADER_LIMIT)
+    try:
+        data = _read(path, expected, expected + HEADER_LIMIT)
+    except FileNotFoundError:
+        if _content(folder / JSON_NAME) != content:  # a new gallery took the place of this one meanwhile
+            return read(folder)
+        raise ValueError(f"{path}: missing") from None
     if hashlib.sha256(data).hexdigest() != content["sha256"]:
         raise ValueError(f"{path}: not the file that {JSON_NAME} belongs to: its SHA-256 is another")
     try:
