@@ -267,7 +267,7 @@ def evaluation_probe(n: str, classes: str, spread: str):
 @pytest.mark.parametrize(("classes", "spread"), [(5000, 0.4), (100, 3.0)], ids=["small", "large"])
 def test_needs_no_square_matrix(classes, spread):
     """Of 20,000 rows: 400 MB as bool, 1.6 GB as float32."""
-    assert peak_in_subprocess("tests.test_evaluation:evaluation_probe", 20_000, classes, spread) < 160 * MIB
+    assert peak_in_subprocess("tests.test_evaluation:evaluation_probe", 20_000, classes, spread) < 128 * MIB
 
 
 @pytest.mark.parametrize(

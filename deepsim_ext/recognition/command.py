@@ -52,10 +52,18 @@ def _exit_code(name: str, run: Callable[[argparse.Namespace], None], args: argpa
     try:
         run(args)
     except (ImportError, TypeError, ValueError, OSError, MemoryError) as problem:
-        line = (str(problem).splitlines() or [type(problem).__name__])[0]
-        print(f"{name}: {line.removeprefix(f'{name}: ')}", file=sys.stderr)
+        print(f"{name}: {_line(problem).removeprefix(f'{name}: ')}", file=sys.stderr)
         return 1 if isinstance(problem, ImportError) else 2
+    except RuntimeError as problem:
+        if "memory" not in str(problem):  # which torch's allocator has no class of its own for
+            raise
+        print(f"{name}: not enough memory", file=sys.stderr)
+        return 2
     return 0
+
+
+def _line(problem: Exception) -> str:
+    return (str(problem).splitlines() or [type(problem).__name__])[0]
 
 
 def _enroll(args: argparse.Namespace) -> None:
@@ -148,7 +156,7 @@ def _read_embeddings(path: Path) -> Tensor:
     except OSError:
         raise
     except Exception as problem:  # broken files come with errors of every kind
-        raise ValueError(f"{path}: no .npy file of numbers: {problem}") from None
+        raise ValueError(f"{path}: cannot be read as .npy: {_line(problem)}") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.ndim != 2 or not array.shape[1]:
         got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
         raise ValueError(f"{path}: expected floating point of shape [N, D] with D >= 1, got {got}")
