@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from deepsim_ext._nearest_rows import nearest_rows
 from deepsim_ext.recognition import Gallery, faiss_search
 from deepsim_ext.recognition import gallery as module
 from deepsim_ext.recognition.faiss_search import FaissSearch
@@ -80,7 +81,7 @@ def hard_sets():
     yield "all_the_same", torch.ones(200, 3), torch.randint(2, (24, 3), generator=g).float()
     yield "zero_rows", x * (torch.arange(200) % 3 > 0)[:, None], q * (torch.arange(24) % 2)[:, None]
     yield "huge", x * 1e17, q * 1e17
-    yield "tiny", x * 1e-25, q * 1e-25
+    yield "tiny", x * 1e-15, q * 1e-15
     yield "far_queries", x, q * 1e17
     yield "close_to_the_limit", x * 1e-17, q * 1e17 / q.norm(dim=1, keepdim=True)
     yield "doubles", x.double() * 1e100 + 1e102, q.double() * 1e100 + 1e102
@@ -92,12 +93,22 @@ def test_both_backends_answer_the_same(distance):
     for name, embeddings, queries in hard_sets():
         names = names_of(torch.arange(len(embeddings)) % 70)
         for k in (1, 5):
+            found = FaissSearch(embeddings, distance)(queries, k)
+            assert torch.equal(found.indices, nearest_rows(queries, embeddings, k, distance=distance).indices)
             answers = [
                 filled(embeddings, names, distance=distance, backend=backend).search(queries, k)
                 for backend in ("exact", "faiss")
             ]
             assert torch.equal(answers[0].indices, answers[1].indices), (name, k)
             torch.testing.assert_close(answers[0].distances, answers[1].distances, rtol=1e-6, atol=0)
+
+
+def test_a_query_for_which_faiss_finds_nobody():
+    rows = torch.randn(200, 24) * 1e-17
+    queries = rows[-24:].clone()
+    queries[0] = 1e17  # squared, and in units of the gallery, beyond float32
+    found = FaissSearch(rows, "euclidean")(queries, 1)
+    assert (found.indices >= 0).all()
 
 
 def test_faiss_decides_most_queries_itself(monkeypatch):
@@ -108,10 +119,10 @@ def test_faiss_decides_most_queries_itself(monkeypatch):
             asked.append(len(queries))
         return nearest_rows(queries, gallery, k, **options)
 
-    nearest_rows = faiss_search.nearest_rows
     monkeypatch.setattr(faiss_search, "nearest_rows", counted)
     for distance in DISTANCES:
-        FaissSearch(torch.randn(3000, 64), distance)(torch.randn(200, 64), 5)
+        far = 0 if distance == "cosine" else 1e4
+        FaissSearch(torch.randn(3000, 64) + far, distance)(torch.randn(200, 64) + far, 5)
     assert sum(asked) < 30
 
 
@@ -128,13 +139,15 @@ def test_equal_distances_go_to_the_identity_that_was_enrolled_first(distance, ba
     assert found.distances.unique().numel() == 1
 
 
-def test_a_tie_at_the_last_place_goes_to_the_lowest_row_whatever_the_mean():
-    """By tiles, which are around the gallery's mean, one of the two is nearer by a rounding error."""
-    for shift in torch.rand(40).tolist():
-        rows = torch.tensor([[1.0], [3.0]]).repeat(15, 1)
-        rows = torch.cat([rows, torch.full((1, 1), 10 + 40 * shift)])
-        gallery = filled(rows, names_of(range(31)))
-        assert gallery.identify(torch.tensor([[2.0]]), 15).identities == [names_of(range(15))]
+def test_a_tie_at_the_last_place_goes_to_the_lowest_row():
+    """Tiles, which are around the gallery's mean, would choose among these by rounding errors."""
+    for _ in range(10):
+        query, offsets = torch.randint(-(2**20), 2**20, (1, 20)) / 2**20, torch.randint(-9, 9, (20,)) / 8
+        tied = torch.stack([query[0] + offsets[torch.randperm(20)] for _ in range(90)])
+        rows = torch.cat([tied, 3 + torch.rand(9, 20)])
+        gallery = filled(rows, names_of(range(99)), backend="exact")
+        for k in (1, 30):
+            assert gallery.identify(query, k).identities == [names_of(range(k))]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))

@@ -155,12 +155,19 @@ def test_a_gallery_that_is_replaced_while_it_is_read(folder, monkeypatch):
     assert error_of(folder).endswith(".safetensors: missing")
 
 
-def test_a_link_in_the_place_of_a_part_is_not_followed(folder, tmp_path):
+def test_a_link_in_the_place_of_a_part_is_not_followed(folder, tmp_path, monkeypatch):
     precious = tmp_path / "precious"
     precious.write_text("precious")
     (folder / ".gallery.json.part").symlink_to(precious)
     Gallery(2).save(folder)
     assert precious.read_text() == "precious" and len(Gallery.load(folder)) == 0
+    (folder / ".gallery.json.part").symlink_to(precious)
+    monkeypatch.setattr(
+        storage.Path, "unlink", lambda path, missing_ok: None
+    )  # as if it were put there after
+    with pytest.raises(FileExistsError):
+        Gallery(2).save(folder)
+    assert precious.read_text() == "precious"
 
 
 # ---- hostile files -----------------------------------------------------------------------------------------
