@@ -63,8 +63,9 @@ lint: $(VENV)/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Threads stay on cores of their own: left to the scheduler, two of them at times share one for a whole run.
-BOUND := OMP_PROC_BIND=true OMP_PLACES=cores
+# Threads stay on cores of their own: left to the scheduler, two of them at times share one for a whole run. Memory stays with the
+# process: what a virtual machine has given back to its host, seconds after it was freed, takes ten times as long to touch again.
+BOUND := OMP_PROC_BIND=true OMP_PLACES=cores MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736
 bench: $(VENV)/built
 	$(BOUND) $(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.readme

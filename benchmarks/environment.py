@@ -48,6 +48,7 @@ def environment() -> dict[str, str | int | float]:
         "threads": torch.get_num_threads(),
         "cpu_kernels": deepsim_ext.build_info()["cpu_capability"],
         "omp_proc_bind": os.environ.get("OMP_PROC_BIND", "not set"),
+        "malloc_mmap_max": os.environ.get("MALLOC_MMAP_MAX_", "not set"),
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""The command line: `python -m deepsim_ext info | demo | stylize | verify | profile-mining`."""
+"""The command line: `python -m deepsim_ext` and the name of a command."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import __version__, build_info, demo, profile_mining, stylize
+from . import __version__, build_info, demo, profile_mining, recognition, stylize
 from .verification import command as verify
 
 
@@ -38,6 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     profile_mining.add_arguments(profile_command)
     profile_command.set_defaults(run=profile_mining.run)
+    enroll_command = commands.add_parser(
+        "enroll", help="add identities to a gallery of embeddings, or remove"
+    )
+    recognition.add_enroll_arguments(enroll_command)
+    enroll_command.set_defaults(run=recognition.run_enroll)
+    identify_command = commands.add_parser("identify", help="whose embeddings are these, by a gallery?")
+    recognition.add_identify_arguments(identify_command)
+    identify_command.set_defaults(run=recognition.run_identify)
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)
 

@@ -48,6 +48,16 @@ def positive_integer(function: str, argument: str, value: int) -> int:
     return int(value)
 
 
+def integer_in(function: str, argument: str, value: int, least: int, most: int) -> int:
+    """An integer from `least` to `most`."""
+    expected = f"an integer from {least} to {most}"
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise error(TypeError, function, argument, expected, describe(value))
+    if not least <= value <= most:
+        raise error(ValueError, function, argument, expected, describe(value))
+    return int(value)
+
+
 def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
