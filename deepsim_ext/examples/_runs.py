@@ -28,7 +28,7 @@ def one_shot_accuracy(embeddings: Tensor, labels: Tensor, episodes: int = 100) -
     """Who is this? In every episode, one embedding of each identity is the gallery and all others ask.
 
     Source: Lake, Salakhutdinov, Tenenbaum, "Human-level concept learning through probabilistic program
-    induction" (2015), the one-shot classification task. Identities count alike, however many embeddings each has.
+    induction" (2015), one-shot classification. Identities count alike, however many embeddings each has.
     """
     from sklearn.metrics import balanced_accuracy_score
 
@@ -66,16 +66,14 @@ def main(
     Args:
         name: of the module.
         description: one line for --help.
-        run: from a seed to scores by the name of what was scored; it may raise ImportError for what is missing.
+        run: from a seed to scores by the name of what was scored; ImportError for what is missing.
         argv: the arguments, in place of the command line's.
 
     Returns:
         Exit code 0, or 1 for a missing package.
     """
     parser = argparse.ArgumentParser(prog=f"python -m deepsim_ext.examples.{name}", description=description)
-    parser.add_argument(
-        "--seeds", type=int, default=5, help="runs to take the mean of (default: %(default)s)"
-    )
+    parser.add_argument("--seeds", type=int, default=5, help="how many runs (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.seeds < 1:
         parser.error("--seeds must be at least 1")
