@@ -47,7 +47,7 @@ def train(network: nn.Module, images: Tensor, digits: Tensor, seed: int, steps: 
 
 
 def mirrored(images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """The images [N, 1, H, W], those of one label in one of four ways: as they are, mirrored or turned by half."""
+    """The images [N, 1, H, W], those of a label all as they are, mirrored, upside down, or both."""
     _, classes = labels.unique(return_inverse=True)
     for axis in (2, 3):
         flips = torch.rand(len(labels), generator=generator)[classes] < 0.5

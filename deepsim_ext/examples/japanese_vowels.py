@@ -4,8 +4,8 @@
     python -m deepsim_ext.examples.japanese_vowels
 
 An utterance is a series of 7 to 29 frames of 12 cepstral coefficients: 640 in all, which come in the wheel of
-aeon as text; aeon itself is not imported, so its dependencies are not needed. A small network of 1-D convolutions
-takes the mean over time and learns by batch-hard triplets. Two questions:
+aeon as text; aeon itself is not imported, so its dependencies are not needed. A small network of 1-D
+convolutions takes the mean over time and learns by batch-hard triplets. Two questions:
 
 - speakers that were never heard: each seed leaves out its own three. One-shot identification (chance is 33 %)
   and verification of random pairs;
@@ -14,15 +14,15 @@ takes the mean over time and learns by batch-hard triplets. Two questions:
 
 Needs the extra `deepsim-ext[eval]` besides.
 
-Source of the data: Kudo, Toyama, Shimbo, "Multidimensional Curve Classification Using Passing-Through Regions"
-(1999); UCI Machine Learning Repository, Japanese Vowels.
+Source of the data: Kudo, Toyama, Shimbo, "Multidimensional Curve Classification Using Passing-Through
+Regions" (1999); UCI Machine Learning Repository, Japanese Vowels.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,8 +46,12 @@ class Utterances(NamedTuple):
     lengths: Tensor  # int64 [N]
     speakers: Tensor  # int64 [N]
 
-    def __getitem__(self, rows: Tensor) -> Utterances:
+    def of(self, rows: Tensor) -> Utterances:
+        """Those of some rows, by index or mask."""
         return Utterances(*(tensor[rows] for tensor in self))
+
+
+Embed = Callable[[Utterances], Tensor]
 
 
 class Result(NamedTuple):
@@ -70,7 +74,7 @@ def find(split: str) -> Path:
 
 
 def read(path: Path) -> Utterances:
-    """A file with an utterance a line: the coefficients, separated by colons, frame by frame, then the speaker.
+    """A file with an utterance a line: the coefficients one after the other, then the speaker, 1 to 9.
 
     Raises:
         ValueError: a line is something else.
@@ -143,13 +147,13 @@ class Network(nn.Module):
 def train(network: Network, utterances: Utterances, seed: int, steps: int = STEPS) -> None:
     """Batch-hard triplets of voices: what a speaker says, moved by a random offset of the coefficients.
 
-    Six speakers are learnt by heart without a lesson for the seventh. An offset is what another vocal tract or
-    microphone adds to every frame of the cepstrum; so each offset makes another speaker, and what remains
+    Six speakers are learnt by heart without a lesson for the seventh. An offset is what another vocal tract
+    or microphone adds to every frame of the cepstrum; so each offset makes another speaker, and what differs
     between utterances of one is what to overlook.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = [(utterances.speakers == s).nonzero()[:, 0] for s in utterances.speakers.unique()]
-    x, voices = network.standardized(*utterances[:2]), torch.arange(VOICES_PER_BATCH)
+    x, voices = network.standardized(utterances.frames, utterances.lengths), torch.arange(VOICES_PER_BATCH)
     labels = voices.repeat_interleave(UTTERANCES_PER_VOICE)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
@@ -169,57 +173,53 @@ def train(network: Network, utterances: Utterances, seed: int, steps: int = STEP
         schedule.step()
 
 
-def whitened(points: Tensor, known: Tensor, speakers: Tensor) -> Tensor:
-    """Points [N, D] in units of what varies within a speaker, as measured on known ones [M, D].
+def whitened_means(known: Utterances) -> Embed:
+    """The mean over time in units of what varies within a speaker, measured on known ones.
 
-    Source: Hatch, Kajarekar, Stolcke, "Within-Class Covariance Normalization for SVM-based Speaker Recognition"
-    (2006).
+    Source: Hatch, Kajarekar, Stolcke, "Within-Class Covariance Normalization for SVM-based Speaker
+    Recognition" (2006).
     """
-    centres = torch.stack([known[speakers == s].mean(0) for s in range(SPEAKERS)])
-    return points @ torch.linalg.cholesky(torch.linalg.inv((known - centres[speakers]).T.cov()))
+    points, within = means(known), torch.empty(len(known.speakers), COEFFICIENTS)
+    for speaker in known.speakers.unique():
+        mine = known.speakers == speaker
+        within[mine] = points[mine] - points[mine].mean(0)
+    units = torch.linalg.cholesky(torch.linalg.inv(within.T.cov()))
+    return lambda utterances: means(utterances) @ units
 
 
-def score(
-    unseen: Tensor, labels: Tensor, queries: Tensor, gallery: Tensor, split: Sequence[Utterances]
-) -> Result:
-    """Of embeddings: those of unseen speakers, and those of both parts of the split."""
-    nearest = nearest_neighbors(queries, gallery, 1).indices[:, 0]
-    right = split[0].speakers[nearest] == split[1].speakers
-    return Result(*_runs.score(unseen, labels), right.double().mean().item())
+def score(unknown: Utterances, split: Sequence[Utterances], open_set: Embed, closed_set: Embed) -> Result:
+    """Of what embeds speakers that were never heard, and of what embeds both parts of the split."""
+    known, asked = split
+    nearest = nearest_neighbors(closed_set(asked), closed_set(known), 1).indices[:, 0]
+    right = known.speakers[nearest] == asked.speakers
+    return Result(*_runs.score(open_set(unknown), unknown.speakers), right.double().mean().item())
 
 
 def run(seed: int, steps: int = STEPS) -> dict[str, Result]:
-    """The scores of networks that learnt six speakers, or the first part of the split, and of what they have to beat.
+    """The scores of networks, one that learnt six speakers and one for the split, and of what they have to beat.
 
     Raises:
         ImportError: aeon is not installed.
     """
-    train_split, test_split = split = [read(find(name)) for name in ("TRAIN", "TEST")]
+    split = [read(find(name)) for name in ("TRAIN", "TEST")]
     everything = Utterances(*(torch.cat(tensors) for tensors in zip(*split, strict=True)))
     order = torch.randperm(SPEAKERS, generator=torch.Generator().manual_seed(seed))
-    unseen = torch.isin(everything.speakers, order[:LEFT_OUT])
-    known, unknown = everything[~unseen], everything[unseen]
+    left_out = torch.isin(everything.speakers, order[:LEFT_OUT])
+    known, unknown = everything.of(~left_out), everything.of(left_out)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        open_set, closed_set = Network(known), Network(train_split)
-
-    def of_networks() -> Result:
-        embedded = [closed_set.embed(part) for part in (test_split, train_split)]
-        return score(open_set.embed(unknown), unknown.speakers, *embedded, split)
+        networks = Network(known), Network(split[0])
 
     with one_thread():
-        scores = {"means over time": score(means(unknown), unknown.speakers, *map(means, split[::-1]), split)}
-        learnt = means(train_split), train_split.speakers
-        scores["the same, whitened"] = score(
-            whitened(means(unknown), means(known), known.speakers),
-            unknown.speakers,
-            *(whitened(means(part), *learnt) for part in (test_split, train_split)),
-            split,
-        )
-        scores["untrained network"] = of_networks()
-        train(open_set, known, seed, steps)
-        train(closed_set, train_split, seed, steps)
-        return scores | {"trained network": of_networks()}
+        embeds = [network.embed for network in networks]
+        scores = {
+            "means over time": score(unknown, split, means, means),
+            "the same, whitened": score(unknown, split, whitened_means(known), whitened_means(split[0])),
+            "untrained network": score(unknown, split, *embeds),
+        }
+        for network, utterances in zip(networks, (known, split[0]), strict=True):
+            train(network, utterances, seed, steps)
+        return scores | {"trained network": score(unknown, split, *embeds)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
