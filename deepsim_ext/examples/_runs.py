@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from statistics import mean, stdev
@@ -77,6 +78,9 @@ def main(
     args = parser.parse_args(argv)
     if args.seeds < 1:
         parser.error("--seeds must be at least 1")
+    if importlib.util.find_spec("sklearn") is None:
+        print(f'{name}: scikit-learn not installed; pip install "deepsim-ext[eval]"', file=sys.stderr)
+        return 1
     try:
         runs = [run(seed) for seed in range(args.seeds)]
     except ImportError as problem:

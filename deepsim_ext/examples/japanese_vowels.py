@@ -144,29 +144,37 @@ class Network(nn.Module):
         return self(self.standardized(utterances.frames, utterances.lengths), utterances.lengths)
 
 
-def train(network: Network, utterances: Utterances, seed: int, steps: int = STEPS) -> None:
-    """Batch-hard triplets of voices: what a speaker says, moved by a random offset of the coefficients.
+def train(network: Network, utterances: Utterances, seed: int, *, made_up: bool, steps: int = STEPS) -> None:
+    """Batch-hard triplets of voices.
 
-    Six speakers are learnt by heart without a lesson for the seventh. An offset is what another vocal tract
-    or microphone adds to every frame of the cepstrum; so each offset makes another speaker, and what differs
-    between utterances of one is what to overlook.
+    Args:
+        made_up: a voice is a speaker moved by a random offset of the coefficients, and another voice than the
+            speaker's own. Six speakers are learnt by heart without a lesson for the seventh; but an offset
+            is what another vocal tract or microphone adds to every frame of the cepstrum, so that there is no end
+            of voices, and what differs between utterances of one is what to overlook. False: speakers as they
+            are, where there are no others to come.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = [(utterances.speakers == s).nonzero()[:, 0] for s in utterances.speakers.unique()]
-    x, voices = network.standardized(utterances.frames, utterances.lengths), torch.arange(VOICES_PER_BATCH)
-    labels = voices.repeat_interleave(UTTERANCES_PER_VOICE)
+    x = network.standardized(utterances.frames, utterances.lengths)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
     network.train()
     for _ in range(steps):
-        speakers = torch.randint(len(rows), (VOICES_PER_BATCH,), generator=generator).tolist()
-        drawn = [torch.randperm(len(rows[s]), generator=generator)[:UTTERANCES_PER_VOICE] for s in speakers]
-        batch = torch.cat([rows[s][i] for s, i in zip(speakers, drawn, strict=True)])
-        offsets = torch.randn(VOICES_PER_BATCH, COEFFICIENTS, 1, generator=generator)
+        speakers = torch.randint(len(rows), (VOICES_PER_BATCH,), generator=generator)
+        pools = [rows[speaker] for speaker in speakers.tolist()]
+        drawn = [torch.randperm(len(pool), generator=generator)[:UTTERANCES_PER_VOICE] for pool in pools]
+        batch = torch.cat([pool[i] for pool, i in zip(pools, drawn, strict=True)])
+        voices = torch.arange(VOICES_PER_BATCH) if made_up else speakers
+        offsets = made_up * torch.randn(VOICES_PER_BATCH, COEFFICIENTS, 1, generator=generator)
         noise = 0.3 * torch.randn(len(batch), COEFFICIENTS, LONGEST, generator=generator)
         lengths = utterances.lengths[batch]
-        heard = (x[batch] + offsets[labels] + noise) * inside(lengths)
-        loss = batch_hard_triplet_loss(network(heard, lengths), labels, margin=0.3)
+        heard = x[batch] + offsets.repeat_interleave(UTTERANCES_PER_VOICE, 0) + noise
+        loss = batch_hard_triplet_loss(
+            network(heard * inside(lengths), lengths),
+            voices.repeat_interleave(UTTERANCES_PER_VOICE),
+            margin=0.3,
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -196,7 +204,7 @@ def score(unknown: Utterances, split: Sequence[Utterances], open_set: Embed, clo
 
 
 def run(seed: int, steps: int = STEPS) -> dict[str, Result]:
-    """The scores of networks, one that learnt six speakers and one for the split, and of what they have to beat.
+    """The scores of two networks, one that learnt six speakers and one for the split, and of their rivals.
 
     Raises:
         ImportError: aeon is not installed.
@@ -217,8 +225,8 @@ def run(seed: int, steps: int = STEPS) -> dict[str, Result]:
             "the same, whitened": score(unknown, split, whitened_means(known), whitened_means(split[0])),
             "untrained network": score(unknown, split, *embeds),
         }
-        for network, utterances in zip(networks, (known, split[0]), strict=True):
-            train(network, utterances, seed, steps)
+        train(networks[0], known, seed, made_up=True, steps=steps)
+        train(networks[1], split[0], seed, made_up=False, steps=steps)
         return scores | {"trained network": score(unknown, split, *embeds)}
 
 

@@ -112,7 +112,7 @@ class Tower(nn.Module):
 
 
 def train(towers: Sequence[Tower], kinds: Sequence[Tensor], seed: int, steps: int = STEPS) -> None:
-    """Teaches two towers the TF-IDF weights [N, W] of two kinds, row i of one belonging to row i of the other.
+    """Teaches two towers the TF-IDF weights [N, W] of two kinds, of which rows i belong together.
 
     Every document of a batch is given its own partner, and those of some other documents of the batch.
     """
