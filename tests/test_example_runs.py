@@ -33,7 +33,6 @@ def test_embeddings_that_say_nothing_are_at_chance():
 
 
 def test_one_shot_counts_identities_alike():
-    """Of the first identity's two sides, the one of 90 answers to itself only when it is drawn."""
     labels = torch.tensor([0] * 100 + [1] * 2)
     embeddings = torch.cat([torch.zeros(100), torch.tensor([5.0, 5.0])])[:, None]
     assert one_shot_accuracy(embeddings, labels) == 1.0
@@ -78,10 +77,14 @@ def test_without_scikit_learn(name, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "package", "said"),
     [
-        ("japanese_vowels", "aeon", "the utterances come with aeon, which is not installed; pip install --no-deps aeon"),
+        (
+            "japanese_vowels",
+            "aeon",
+            "the utterances come with aeon, which is not installed; pip install --no-deps aeon",
+        ),
         ("text_matching", "scipy", 'scipy not installed; pip install "deepsim-ext[eval]"'),
     ],
-)  # fmt: skip
+)
 def test_without_what_the_data_comes_with(name, package, said, capsys, monkeypatch):
     text_matching._all_documents.cache_clear()
     find_spec = importlib.util.find_spec

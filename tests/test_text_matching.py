@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from deepsim_ext._threads import one_thread
+
 pytest.importorskip("sklearn", reason="needs the extra eval")
 
 from deepsim_ext.examples.text_matching import Document, Tower, read_documents, run, score, tf_idf, train
@@ -81,7 +83,19 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_documents_without_their_names(package: str):
     (smooth, rough) = read_documents([package])
     assert smooth.module == rough.module == "a_package/module.py"
-    assert smooth.description.split() == ["Take", "noise", "out", "of", "a", "signal", "by", "means", "of", "its", "neighbours."]
+    assert smooth.description.split() == [
+        "Take",
+        "noise",
+        "out",
+        "of",
+        "a",
+        "signal",
+        "by",
+        "means",
+        "of",
+        "its",
+        "neighbours.",
+    ]
     assert smooth.example.split() == [">>>", "([1,", "2])"]
     assert rough.example.split() == [">>>", "(smooth(3))"]
     assert "smooth or not" in rough.description
@@ -93,8 +107,8 @@ def test_towers_learn_what_tf_idf_does_not_know():
         scores = run(seed)
         cosine, untrained, trained = scores.values()
         # Over six seeds AUC rises by 0.040 to 0.069 above the cosine of TF-IDF (0.866 to 0.887), recall at 10
-        # by 0.014 to 0.034 (0.52 to 0.60); recall at 1 (0.18 to 0.26) stays within 0.015. Other versions of the
-        # packages have other docstrings.
+        # by 0.014 to 0.034 (0.52 to 0.60); recall at 1 (0.18 to 0.26) stays within 0.015. Other versions of
+        # the packages have other docstrings.
         assert trained.auc >= cosine.auc + 0.02
         assert trained.recall_at_10 >= cosine.recall_at_10 - 0.01
         assert trained.recall_at_1 >= cosine.recall_at_1 - 0.04
@@ -110,11 +124,13 @@ def test_two_languages_are_learnt_and_the_same_seed_learns_the_same():
     known, unknown = [kind[:200] for kind in kinds], [kind[200:] for kind in kinds]
 
     def towers() -> list[Tower]:
-        return [Tower(torch.randn(16, 40, generator=torch.Generator().manual_seed(2))) for _ in kinds]
+        projection = 0.1 * torch.randn(16, 40, generator=torch.Generator().manual_seed(2))
+        return [Tower(projection) for _ in kinds]
 
     learnt, again = towers(), towers()
-    for pair in (learnt, again):
-        train(pair, known, seed=0, steps=200)
+    with one_thread():
+        for pair in (learnt, again):
+            train(pair, known, seed=0, steps=200)
     assert all(torch.equal(a.projection, b.projection) for a, b in zip(learnt, again, strict=True))
     embedded = [[t(kind) for t, kind in zip(pair, unknown, strict=True)] for pair in (towers(), learnt)]
     before, after = (score(*pair) for pair in embedded)
@@ -125,13 +141,13 @@ def test_two_languages_are_learnt_and_the_same_seed_learns_the_same():
 
 def test_scores_of_perfect_and_of_shifted_matches():
     x = torch.eye(30)
-    assert score(x, x) == (1.0, 1.0, 1.0)
+    assert score(x, x.clone()) == (1.0, 1.0, 1.0)
     shifted = score(x, x.roll(1, 0))
     assert shifted.auc < 0.5 and shifted.recall_at_1 == 0.0
 
 
 def test_weights_know_only_the_words_of_known_documents():
-    known = [Document("m", "alpha beta", ">>> alpha(gamma_delta)"), Document("m", "beta epsilon", ">>> x")]
+    known = [Document("m", "alpha beta", ">>> alpha(gamma_delta)"), Document("m", "epsilon", ">>> beta")]
     descriptions, examples = tf_idf(known, [Document("n", "alpha zeta", ">>> gammaDelta gamma")])
     assert descriptions.shape == examples.shape == (1, 5)  # alpha, beta, delta, epsilon, gamma
     assert descriptions[0].tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]

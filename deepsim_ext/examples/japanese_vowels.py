@@ -150,9 +150,9 @@ def train(network: Network, utterances: Utterances, seed: int, *, made_up: bool,
     Args:
         made_up: a voice is a speaker moved by a random offset of the coefficients, and another voice than the
             speaker's own. Six speakers are learnt by heart without a lesson for the seventh; but an offset
-            is what another vocal tract or microphone adds to every frame of the cepstrum, so that there is no end
-            of voices, and what differs between utterances of one is what to overlook. False: speakers as they
-            are, where there are no others to come.
+            is what another vocal tract or microphone adds to every frame of the cepstrum, so that there is
+            no end of voices, and what differs between utterances of one is what to overlook. False: speakers
+            as they are, where there are no others to come.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = [(utterances.speakers == s).nonzero()[:, 0] for s in utterances.speakers.unique()]
