@@ -41,7 +41,7 @@ def test_speakers_are_recognised_better_than_by_means_or_untrained():
     def gains(scored: str, field: str) -> list[float]:
         return [getattr(r[scored], field) - getattr(r["means over time"], field) for r in runs]
 
-    # Over ten seeds training gains 0.048 ± 0.016 (0.028 to 0.082) of one-shot accuracy on speakers never heard
+    # Over ten seeds training gains 0.048 ± 0.016 (0.028 to 0.082) of one-shot accuracy on unheard speakers
     # over the means (0.875), as much as whitening them does, and 0.030 ± 0.015 (0.013 to 0.059) of AUC.
     assert mean(gains("trained network", "one_shot")) >= 0.025
     assert mean(gains("trained network", "auc")) >= 0.01
