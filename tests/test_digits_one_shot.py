@@ -20,9 +20,9 @@ def test_unseen_digits_are_recognised_better_than_by_pixels_or_untrained():
         return mean(getattr(scores[scored], field) - getattr(scores["pixels"], field) for scores in runs)
 
     # Over ten seeds training gains 0.077 ± 0.055 of one-shot accuracy over pixels (0.730), and 0.048 ± 0.028
-    # of AUC. Of these three: 0.082 and 0.046.
-    assert gain("trained network", "one_shot") >= 0.04
-    assert gain("trained network", "auc") >= 0.02
+    # of AUC. Of these three 0.082 and 0.046, and 0.056 and 0.032 by the worst of three trainings.
+    assert gain("trained network", "one_shot") >= 0.03
+    assert gain("trained network", "auc") >= 0.015
     assert gain("untrained network", "one_shot") < 0.0
     assert gain("untrained network", "auc") < 0.01
 

@@ -40,6 +40,12 @@ def test_one_shot_counts_identities_alike():
     assert one_shot_accuracy(torch.zeros(102, 1), labels) == 0.5
 
 
+def test_nobody_in_the_gallery_asks():
+    """The other embedding of each is beside the other identity: a gallery of four leads all or half astray."""
+    accuracy = one_shot_accuracy(torch.tensor([[0.0], [10.0], [9.0], [1.0]]), torch.tensor([0, 0, 1, 1]), 400)
+    assert abs(accuracy - 0.25) < 0.05
+
+
 def test_verification_is_that_of_all_pairs():
     labels = torch.arange(60) % 3
     embeddings = torch.randn(60, 4) + labels[:, None]

@@ -8,6 +8,7 @@ from statistics import mean
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from deepsim_ext.examples.japanese_vowels import (
     COEFFICIENTS,
@@ -110,6 +111,17 @@ def test_what_comes_after_the_end_does_not_count():
     noisy = torch.where(heard.frames == 0, torch.randn(heard.frames.shape), heard.frames)
     network = Network(heard)
     torch.testing.assert_close(network.embed(heard._replace(frames=noisy)), network.embed(heard))
+
+
+def test_padding_is_as_if_it_were_not_there():
+    heard = utterances(8)
+    network = Network(heard)
+    embedded = network.embed(heard)  # which leaves it in evaluation mode
+    for frames, length, expected in zip(heard.frames, heard.lengths, embedded, strict=True):
+        x = ((frames[:, :length] - network.mean) / network.spread)[None]
+        learnt = F.gelu(network.second(F.gelu(network.first(x))))
+        pooled = torch.cat([learnt, x], dim=1).mean(2)
+        torch.testing.assert_close(F.normalize(network.norm(network.last(pooled)))[0], expected)
 
 
 def test_utterances_are_embedded_one_by_one():
