@@ -116,6 +116,7 @@ def test_what_comes_after_the_end_does_not_count():
 def test_padding_is_as_if_it_were_not_there():
     heard = utterances(8)
     network = Network(heard)
+    network.norm.running_mean.normal_()
     embedded = network.embed(heard)  # which leaves it in evaluation mode
     for frames, length, expected in zip(heard.frames, heard.lengths, embedded, strict=True):
         x = ((frames[:, :length] - network.mean) / network.spread)[None]
