@@ -8,7 +8,7 @@ they show the same digit. Needs the extra `deepsim-ext[eval]`.
 
 The loss is the contrastive one of all pairs of a batch, as of a Siamese network (Hadsell et al. 2006).
 The classes of a batch are those of the demo, halves of digits put together, and more of them: turned and
-mirrored ones. Without these there are too few classes to learn from, and the gain is a third.
+mirrored ones. Without the mirrored there are too few classes to learn from, and next to nothing is gained.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ embedding, by the contrastive loss of given pairs: y = 1 for an example and its 
 A quarter of the modules is held out, whole files: no document in them was seen, nor a neighbour of one. Of
 these documents a match is to be told from a random pair, and every example has to find its description among
 several hundred. What there is to beat is the cosine of the TF-IDF weights themselves, without any learning.
+The towers know a match better from a random pair; the very nearest description is right about as often.
 
 Needs the extra `deepsim-ext[eval]`; NetworkX comes with torch.
 """
