@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional
+from .._threads import one_thread
 from ..compat.pytorch_metric_learning import (
     BatchEasyHardMiner,
     BatchHardMiner,
@@ -26,15 +27,12 @@ from ..compat.pytorch_metric_learning import (
     TripletMarginLoss,
     TripletMarginMiner,
 )
+from .digits import build_network, embed, load_images
 from .metric_learning import (
     IMAGES_PER_SIDE,
     SAME_EMBEDDINGS_TOLERANCE,
     TRAINED_DIGITS,
-    build_network,
-    embed,
     fit,
-    load_images,
-    one_thread,
     verify,
 )
 from .report import Check, MeasuredLoss, Part, markdown_table, relative_differences

@@ -14,8 +14,7 @@ loss and once with the reference, from the same seed. Two questions are asked of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -24,14 +23,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import functional, reference
+from .._threads import one_thread
 from . import torch_versions
+from .digits import EMBEDDING_SIZE, Sampler, build_network, embed, load_images
 from .memory import peak_extra_bytes
 from .report import (
     Check,
@@ -43,7 +43,6 @@ from .report import (
 )
 
 TRAINED_DIGITS = 7  # 0-6; the others are for verification
-EMBEDDING_SIZE = 128
 CLASSES_PER_BATCH, IMAGES_PER_CLASS = 32, 2
 MARGIN = 0.3
 IMAGES_PER_SIDE = 3
@@ -114,94 +113,6 @@ def run(output: Path, *, quick: bool = False) -> Part:
     )
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """The steps are so small that more threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def load_images() -> tuple[Tensor, Tensor]:
-    """All 1797 scans, float64 [N, 1, 8, 8] in 0-1, and their digits, int64 [N]."""
-    digits = load_digits()
-    return torch.from_numpy(digits.images[:, None] / 16.0), torch.from_numpy(digits.target).long()
-
-
-def build_network() -> nn.Sequential:
-    """[N, 1, 8, 8] to [N, EMBEDDING_SIZE], float64, the same weights every time."""
-
-    def block(c_in: int, c_out: int) -> list[nn.Module]:
-        return [nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.GELU()]
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = nn.Sequential(
-            *block(1, 16),
-            *block(16, 32),
-            nn.AvgPool2d(2),
-            *block(32, 64),
-            *block(64, 64),
-            nn.AvgPool2d(2),
-            nn.Flatten(),
-            nn.Linear(256, EMBEDDING_SIZE, bias=False),
-            # Keeps every coordinate spread out: without it batch-hard training tends to pull all embeddings
-            # into one point, where the loss rests at the margin.
-            nn.BatchNorm1d(EMBEDDING_SIZE, affine=False),
-        )
-    return network.double()
-
-
-class Sampler:
-    """Batches of P classes x K images, made of the trained digits.
-
-    Seven classes are too few to learn what tells classes apart that were never seen. As Omniglot's alphabets
-    are multiplied by turning them, digits are multiplied here by setting the upper half of one on the lower
-    half of another, upright or turned by a quarter: 2 x 7 x 7 classes. Each image is also shifted, turned,
-    stretched and sheared a little.
-    """
-
-    def __init__(self, images: Tensor, digits: Tensor) -> None:
-        self.by_digit = [images[digits == digit] for digit in range(TRAINED_DIGITS)]
-        self.generator = torch.Generator().manual_seed(1)
-
-    def batch(self, classes: int, images_per_class: int) -> tuple[Tensor, Tensor]:
-        """Images [P K, 1, 8, 8] and labels, int64 [P K]."""
-        chosen = torch.randperm(2 * TRAINED_DIGITS**2, generator=self.generator)[:classes]
-        labels = chosen.repeat_interleave(images_per_class)
-        upper, lower = labels % TRAINED_DIGITS, labels // TRAINED_DIGITS % TRAINED_DIGITS
-        turned = labels >= TRAINED_DIGITS**2
-        tops, bottoms = self._draw(upper), self._draw(lower)
-        whole = upper == lower
-        bottoms[whole] = tops[whole]  # one scan
-        images = self.distort(torch.cat([tops[:, :, :4], bottoms[:, :, 4:]], dim=2))
-        images[turned] = images[turned].rot90(dims=(2, 3))
-        return images, labels
-
-    def distort(self, images: Tensor) -> Tensor:
-        """The images, each under a small random affine map: up to 14 degrees, 10 %, one pixel."""
-
-        def uniform(limit: float) -> Tensor:
-            noise = torch.rand(len(images), generator=self.generator, dtype=images.dtype)
-            return limit * (2.0 * noise - 1.0)
-
-        angle, shear = uniform(0.25), uniform(0.2)
-        rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1).view(-1, 2, 2)
-        stretch = torch.diag_embed(torch.stack([1 + uniform(0.1), 1 + uniform(0.1)], -1))
-        stretch[:, 0, 1] = shear
-        shift = torch.stack([uniform(0.25), uniform(0.25)], -1)[:, :, None]
-        maps = torch.cat([rotation @ stretch, shift], -1)
-        grid = F.affine_grid(maps, list(images.shape), align_corners=False)
-        return F.grid_sample(images, grid, align_corners=False)
-
-    def _draw(self, digits: Tensor) -> Tensor:
-        pools = [self.by_digit[digit] for digit in digits.tolist()]
-        return torch.stack([p[torch.randint(len(p), (), generator=self.generator)] for p in pools])
-
-
 def fit(
     network: nn.Module,
     images: Tensor,
@@ -227,13 +138,6 @@ def fit(
             optimizer.step()
             schedule.step()
             progress.set_postfix(loss=f"{value:.4f}")
-
-
-def embed(network: nn.Module, images: Tensor) -> Tensor:
-    """Embeddings [N, EMBEDDING_SIZE] on the unit sphere."""
-    network.eval()
-    with torch.no_grad():
-        return F.normalize(network(images))
 
 
 class Training:
