@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..nearest_neighbors import nearest_neighbors
+from ..verification import pair_distances
 
 
 class Scores(NamedTuple):
@@ -50,10 +51,10 @@ def verification_auc(embeddings: Tensor, labels: Tensor, pairs: int = 20_000) ->
     from sklearn.metrics import roc_auc_score
 
     generator = torch.Generator().manual_seed(0)
-    i, j = torch.randint(len(labels), (2, pairs), generator=generator)
-    i, j = i[i != j], j[i != j]
-    distances = (embeddings[i] - embeddings[j]).square().sum(1)
-    return float(roc_auc_score(labels[i] == labels[j], -distances))
+    drawn = torch.randint(len(labels), (pairs, 2), generator=generator)
+    drawn = drawn[drawn[:, 0] != drawn[:, 1]]
+    same = labels[drawn[:, 0]] == labels[drawn[:, 1]]
+    return float(roc_auc_score(same, -pair_distances(embeddings, drawn)))
 
 
 def main(
