@@ -96,5 +96,5 @@ $(VENV)/built: $(VENV)/torch $(SOURCES)
 # They ask for torchvision, of which the losses that tests compare with need nothing; it would bring another torch.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps piq==0.8.0 pystiche==1.0.1
 # Only for the recordings that it ships, which an example reads.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps aeon==1.6.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "aeon>=1.3,<2"
 	touch $@
