@@ -17,8 +17,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULT = Path(__file__).parent / "results" / "instructions.json"
-# Multiplications of the upper triangle of tiles of 24 rows (AVX2): tiles x 24 x 24 x depth. In a tile on the diagonal of the
-# Gram matrix only 8 rows have all 24 columns, 8 have 16 and 8 have 8.
+# Multiplications of the upper triangle of tiles of 24 rows (AVX2): tiles x 24 x 24 x depth. In a tile on the
+# diagonal of the Gram matrix only 8 rows have all 24 columns, 8 have 16 and 8 have 8.
 MULTIPLICATIONS = {
     "mine": 8 * 9 // 2 * 24 * 24 * 128,
     "gram": (4 * 3 // 2 * 24 * 24 + 4 * 8 * (24 + 16 + 8)) * 1024,
