@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from . import bench_all_pairs, bench_style, bench_stylize, hardness
+from . import bench_all_pairs, bench_gallery, bench_style, bench_stylize, bench_verification, hardness
 from .report import Record, table
 
 ROOT = Path(__file__).parent.parent
@@ -103,6 +103,32 @@ def all_pairs_section(result: dict[str, Any]) -> str:
     )
 
 
+def verification_section(result: dict[str, Any]) -> str:
+    """How long the protocol takes."""
+    times = {r["contender"]: r["p50_ms"] for r in result["records"]}
+    return (
+        f"The whole protocol on {bench_verification.PAIRS:,} pairs of {bench_verification.D} numbers, with"
+        f" distances, {bench_verification.FOLDS} folds and VAL@FAR={bench_verification.FAR:g}, takes"
+        f" {times['deepsim_ext']:.0f} ms; the usual loop over thresholds"
+        f" {times[bench_verification.LOOP] / 1e3:.1f} s ({_where(result)}).\n"
+    )
+
+
+def gallery_section(result: dict[str, Any]) -> str:
+    """How long searches take, beside faiss."""
+    times = {(r["case"], r["contender"]): r["p50_ms"] for r in result["records"] if "p50_ms" in r}
+    rows = []
+    for queries in bench_gallery.QUERIES:
+        case = bench_gallery.case_name(bench_gallery.ROWS, queries)
+        ours, faiss = times[case, "deepsim_ext"], times[case, bench_gallery.FAISS]
+        rows.append([f"{queries:,}", f"{ours:,.0f}", f"{faiss:,.0f}"])
+    header = ["queries", "`nearest_neighbors`, ms", f"{bench_gallery.FAISS}, ms"]
+    return (
+        f"The {bench_gallery.K} nearest of {bench_gallery.ROWS:,} rows, D={bench_gallery.D}"
+        f" ({_where(result)}):\n\n{table(header, rows)}"
+    )
+
+
 def _table(records: list[Record], op: str, cases: list[str], rivals: list[str]) -> list[str]:
     header = ["", "ms", "mm", *(f"× faster than {rival}" for rival in rivals), "MiB", "MiB, torch eager"]
     lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
@@ -163,6 +189,8 @@ SECTIONS = {
     "style": (style_section, RESULTS / "cpu-style.json"),
     "stylize": (stylize_section, RESULTS / "cpu-stylize.json"),
     "all pairs": (all_pairs_section, RESULTS / "cpu-all_pairs.json"),
+    "verification": (verification_section, RESULTS / "cpu-verification.json"),
+    "gallery": (gallery_section, RESULTS / "cpu-gallery.json"),
     "hardness": (hardness_section, hardness.RESULT),
 }
 

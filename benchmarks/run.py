@@ -14,14 +14,28 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from . import bench_all_pairs, bench_batch_hard, bench_style, bench_stylize, bench_verification
+from . import (
+    bench_all_pairs,
+    bench_batch_hard,
+    bench_gallery,
+    bench_style,
+    bench_stylize,
+    bench_verification,
+)
 from .environment import environment
 from .report import markdown, plots
 from .timing import Record
 
 BENCHES = {
     bench.NAME: bench
-    for bench in (bench_batch_hard, bench_all_pairs, bench_style, bench_stylize, bench_verification)
+    for bench in (
+        bench_batch_hard,
+        bench_all_pairs,
+        bench_style,
+        bench_stylize,
+        bench_verification,
+        bench_gallery,
+    )
 }
 
 

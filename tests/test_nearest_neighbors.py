@@ -88,13 +88,44 @@ def test_neighbours_are_right_where_the_gram_form_cancels():
     assert (got.indices == exact.indices).float().mean() > 0.98
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_nan_or_inf_finds_nobody(bad):
+@pytest.mark.parametrize("count", [1, 2, 32, 33])  # on both sides of where a few queries go their own way
+@by_distance
+def test_few_queries(count, distance):
+    g = torch.Generator().manual_seed(count)
+    gallery = torch.randn(3000, 40, generator=g, dtype=torch.float64)
+    gallery[1000:1500] = gallery[:500]  # ties far apart
+    queries = gallery[torch.randint(3000, (count,), generator=g)] + 0.1 * torch.randn(1, 40, generator=g)
+    for k in (1, 7, 1024):
+        got = nearest_neighbors(queries, gallery, k, distance=distance)
+        exact = reference.nearest_neighbors(queries, gallery, k, distance=distance)
+        torch.testing.assert_close(got.distances, exact.distances, rtol=1e-12, atol=1e-14)
+        assert torch.equal(got.indices, exact.indices)
+        strided = nearest_neighbors(
+            queries.T.contiguous().T, gallery.repeat(1, 2)[:, :40], k, distance=distance
+        )
+        assert torch.equal(strided.indices, got.indices)
+        narrow = nearest_neighbors(queries.float(), gallery.float(), k, distance=distance)
+        torch.testing.assert_close(narrow.distances.double(), exact.distances, rtol=1e-5, atol=1e-6)
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            assert torch.equal(nearest_neighbors(queries, gallery, k, distance=distance).indices, got.indices)
+        finally:
+            torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e19])
+@pytest.mark.parametrize("count", [4, 40])
+@by_distance
+def test_a_nan_or_inf_or_too_long_a_row_finds_nobody(bad, count, distance):
     for where in range(2):
-        both = [torch.randn(20, 4), torch.randn(30, 4)]
+        both = [torch.randn(count, 4), torch.randn(30, 4)]
         both[where][3, 1] = bad
-        result = nearest_neighbors(*both, 3)
-        assert result.distances.isnan().all() and (result.indices == -1).all()
+        result = nearest_neighbors(*both, 3, distance=distance)
+        if bad == 1e19 and distance == "cosine":
+            assert result.distances.isfinite().all() and (result.indices >= 0).all()
+        else:
+            assert result.distances.isnan().all() and (result.indices == -1).all()
 
 
 def test_the_same_for_any_number_of_threads():
