@@ -207,3 +207,90 @@ def test_targets_that_need_no_gradient_get_none():
     style_loss(features, target).backward()
     assert target.grad is not None
     assert features.grad is None
+
+
+OP_ERRORS = {  # what is changed: the op with the error, and its text
+    "no layer": (0, lambda: {"features": []}, "features must be 1 to 16 layers, got 0"),
+    "too many layers": (
+        0,
+        lambda: {"features": [torch.rand(1, 2, 3)] * 17},
+        "features must be 1 to 16 layers, got 17",
+    ),
+    "a weight too many": (
+        0,
+        lambda: {"weights": [1.0] * 3},
+        "weights must be one number for each of 2 layers, got 3",
+    ),
+    "a target too few": (
+        0,
+        lambda: {"target": [torch.rand(1, 3, 3)]},
+        "target must be one matrix for each of 2 layers",
+    ),
+    "a small target": (
+        0,
+        lambda: {"target": [torch.rand(1, 3, 2), torch.rand(1, 5, 5)]},
+        r"target must be .*\[1, 3, 3\]",
+    ),
+    "two dtypes": (
+        0,
+        lambda: {"features": [torch.rand(2, 3, 4), torch.rand(1, 5, 6).double()]},
+        "one dtype and device",
+    ),
+    "empty features": (
+        0,
+        lambda: {"features": [torch.rand(2, 3, 4), torch.rand(1, 5, 0)]},
+        "features must not be empty",
+    ),
+    "flat features": (
+        0,
+        lambda: {"features": [torch.rand(2, 3, 4), torch.rand(5, 6)]},
+        "features must have 3 dimensions",
+    ),
+    "a reduction": (
+        0,
+        lambda: {"reduction": "max"},
+        "reduction must be one of 'mean', 'sum', 'gatys', got 'max'",
+    ),
+    "a distance": (
+        0,
+        lambda: {"distance": "l3"},
+        "distance must be one of 'l2', 'l1', 'frobenius', got 'l3'",
+    ),
+    "a normalisation": (
+        0,
+        lambda: {"normalize": "c"},
+        "normalize must be one of 'none', 'hw', 'chw', 'bchw', got 'c'",
+    ),
+    "few residuals": (1, lambda: {"residuals": torch.rand(42)}, r"residuals must be .*\[43\]"),
+    "few losses": (1, lambda: {"losses": torch.rand(1)}, r"losses must be .*\[2\]"),
+    "many gradients": (1, lambda: {"grad_loss": torch.rand(1)}, r"grad_loss must be .*\[\]"),
+    "a wish too few": (1, lambda: {"wanted": [True]}, "wanted must be one bool for each of 2 layers, got 1"),
+}
+
+
+@pytest.mark.parametrize("name", OP_ERRORS)
+def test_the_ops_guard_memory(name):
+    which, changed, text = OP_ERRORS[name]
+    options = {
+        "weights": [1.0] * 2,
+        "normalize": "chw",
+        "divisor": 1.0,
+        "reduction": "mean",
+        "distance": "l2",
+    }
+    features = [torch.rand(2, 3, 4), torch.rand(1, 5, 6)]
+    targets = [torch.rand(1, 3, 3), torch.rand(1, 5, 5)]
+    forward = {"features": features, "target": targets, **options}
+    loss, losses, residuals = ops.style_loss(**forward)
+    backward = {
+        "grad_loss": loss,
+        "losses": losses,
+        "residuals": residuals,
+        "features": features,
+        "wanted": [True, False],
+        **options,
+    }
+    assert [g.numel() for g in ops.style_loss_backward(**backward)] == [24, 0]
+    op, right = ((ops.style_loss, forward), (ops.style_loss_backward, backward))[which]
+    with pytest.raises(ValueError, match=text):
+        op(**right | changed())
