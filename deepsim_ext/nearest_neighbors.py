@@ -17,7 +17,9 @@ def nearest_neighbors(
 
     Source: the rule of Cover and Hart, "Nearest Neighbor Pattern Classification" (1967), for k neighbours.
     The distances returned are direct differences. Memory is O(Q k) beyond copies of the inputs on the CPU,
-    where tiles of distances only choose, and 16 MiB on CUDA, where all distances are direct differences.
+    where tiles of distances only choose; up to 32 queries are compared with the gallery by direct differences
+    and nothing is copied (in float32 and float64; by cosine distance up to 2). On CUDA all distances are
+    direct differences, and memory is O(Q k) and 16 MiB.
 
     Args:
         queries: [Q, D] with D >= 1; float32, float64, bfloat16 or float16.

@@ -114,6 +114,17 @@ def test_few_queries(count, distance):
             torch.set_num_threads(threads)
 
 
+def test_a_query_far_away_does_not_matter_to_the_others():
+    g = torch.Generator().manual_seed(6)
+    gallery, queries = torch.randn(200, 24, generator=g), torch.randn(50, 24, generator=g)
+    alone = nearest_neighbors(queries, gallery, 3)
+    queries[7] += 1e10
+    together = nearest_neighbors(queries, gallery, 3)
+    others = torch.arange(50) != 7
+    assert torch.equal(together.indices[others], alone.indices[others])
+    assert torch.equal(together.distances[others], alone.distances[others])
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e19])
 @pytest.mark.parametrize("count", [4, 40])
 @by_distance

@@ -86,9 +86,8 @@ std::tuple<at::Tensor, at::Tensor> search(const Kernels<T>& kernels, const at::T
   const int64_t n = queries.size(0);
   Results<T> results(queries, k);
   // Queries have negative labels, so that they share none with the gallery.
-  const PackedPairs<T> pairs = gallery
-                                   ? pack_pairs(kernels, queries, all_different(n, -n), gallery, all_different(gallery->size(0), 0), distance)
-                                   : pack_pairs(kernels, queries, all_different(n, 0), gallery, all_different(n, 0), distance);
+  const SortedLabels labels = all_different(n, gallery ? -n : 0), others = gallery ? all_different(gallery->size(0), 0) : labels;
+  const PackedPairs<T> pairs = pack_pairs(kernels, queries, labels, gallery, others, distance, Center::references);
   if (!pairs.finite) {
     results.set_none();
     return results.tensors();

@@ -124,19 +124,22 @@ bool can_be_compared(const PackedPoints<T>& p) {
   return std::all_of(p.half_norm.begin(), p.half_norm.begin() + p.count, [limit](T h) { return h < limit; });
 }
 
+// What the rows of both sides are shifted by: the mean of both, or that of the references alone, so that no anchor matters to the others.
+enum class Center { both, references };
+
 // Elements of a row of x and ref must be adjacent. The half squared distance of packed rows is that of the input's rows or, for cosine
 // distance, of their unit vectors: the cosine distance itself.
 template <class T>
 PackedPairs<T> pack_pairs(const Kernels<T>& kernels, const at::Tensor& x, const SortedLabels& sorted, const OptionalTensor& ref,
-                          const SortedLabels& ref_sorted, Distance distance) {
+                          const SortedLabels& ref_sorted, Distance distance, Center about = Center::both) {
   const Rows anchors = rows_of(x), references = ref ? rows_of(*ref) : anchors;
   const bool cosine = distance == Distance::cosine;
   std::vector<double> row_norm, ref_norm;
   if (cosine) row_norm = norms(kernels, anchors);
   if (cosine && ref) ref_norm = norms(kernels, references);
   std::vector<double> center = column_means(kernels, references, ref ? ref_norm : row_norm);
-  if (ref) {
-    // One centre for both; anchors and references weigh the same, whatever their numbers.
+  if (ref && about == Center::both) {
+    // Anchors and references weigh the same, whatever their numbers.
     const std::vector<double> anchor_center = column_means(kernels, anchors, row_norm);
     for (int64_t k = 0; k < anchors.depth; ++k) center[k] = (center[k] + anchor_center[k]) / 2;
   }
