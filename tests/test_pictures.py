@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from deepsim_ext._files import write_beside
 from deepsim_ext.stylize import pictures
 from deepsim_ext.stylize.pictures import (
     as_mask,
@@ -24,7 +25,6 @@ from deepsim_ext.stylize.pictures import (
     to_array,
     to_tensor,
     with_luminance,
-    write_beside,
     write_picture,
 )
 

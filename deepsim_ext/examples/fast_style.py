@@ -22,10 +22,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .._files import write_beside
 from ..nn import StyleTransferLoss
 from ..presets import style_preset
 from ..results import StyleTransferResult
-from ..stylize.pictures import read_picture, resized, write_beside, write_picture
+from ..stylize.pictures import read_picture, resized, write_picture
 from ..vgg import VGG19Features
 
 # import name -> name on PyPI

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .._checks.options import DISTANCES
+from .._files import write_beside
 from .gallery import Gallery, Identification
-from .storage import JSON_NAME, locked, replace_file
+from .storage import JSON_NAME, locked
 
 
 def add_enroll_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,7 +116,7 @@ def _identify(args: argparse.Namespace) -> None:
     found = gallery.identify(queries, args.k)
     if args.output:
         content = {"distance": gallery.distance, "threshold": gallery.threshold, "queries": _as_json(found)}
-        replace_file(args.output, json.dumps(content).encode())
+        write_beside(args.output, lambda file: file.write(json.dumps(content).encode()))
     for i, candidates in enumerate(_as_json(found)):
         print(f"{i}: {', '.join(map(_shown, candidates)) or 'unknown'}")
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .._checks import recognition as checks
 from .._checks.options import DISTANCES, is_number
+from .._files import write_beside
 from .._nearest_rows import check_comparable
 
 FORMAT, VERSION = "deepsim_ext gallery", 1
@@ -72,8 +73,8 @@ def write(folder: str | PathLike[str], stored: Stored) -> None:
     }
     folder.mkdir(exist_ok=True)
     embeddings = _embeddings_path(folder, sha256)
-    replace_file(embeddings, data)
-    replace_file(folder / JSON_NAME, json.dumps(content).encode())
+    write_beside(embeddings, lambda file: file.write(data))
+    write_beside(folder / JSON_NAME, lambda file: file.write(json.dumps(content).encode()))
     # What no gallery names any more: the one before, and what crashes left behind.
     for path in folder.iterdir():
         if OWN_NAME.fullmatch(path.name) and path != embeddings:
@@ -203,25 +204,6 @@ def _read(path: Path, least: int, most: int) -> bytes:
         if not least <= status.st_size <= most:
             raise ValueError(f"{path}: {status.st_size} bytes, where there should be {least} to {most}")
         return file.read(most)
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Writes a file under another name and renames it, both of them down to the disk."""
-    part = path.with_name(f".{path.name}.part")
-    part.unlink(missing_ok=True)  # of a crash; or a link, which is not to be followed
-    try:
-        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _line(problem: BaseException) -> str:

@@ -16,11 +16,12 @@ from typing import TextIO
 
 import torch
 
+from .._files import write_beside
 from ..presets import style_preset
 from ..vgg import POOLINGS
 from .driver import Record, Transfer, transfer_of
 from .options import OPTIMIZERS, Options
-from .pictures import check_output, write_beside, write_picture
+from .pictures import check_output, write_picture
 
 # import name -> name on PyPI
 PACKAGES = {"matplotlib": "matplotlib", "PIL": "pillow", "tqdm": "tqdm"}

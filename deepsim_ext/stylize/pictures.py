@@ -6,11 +6,9 @@ files are read and written.
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +17,7 @@ from torch.nn import functional as F
 
 from .._checks.tensors import FLOAT_DTYPES, is_dense
 from .._checks.texts import describe, error
+from .._files import write_beside
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -160,17 +159,6 @@ def write_picture(picture: Tensor, path: Path) -> None:
     kind = Image.registered_extensions()[path.suffix.lower()]
     options = {"quality": JPEG_QUALITY} if kind in ("JPEG", "WEBP") else {}
     write_beside(path, lambda file: Image.fromarray(to_array(picture)).save(file, format=kind, **options))
-
-
-def write_beside(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes a file under another name and renames it: whoever reads `path` never finds half of it."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            write(file)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # ---- sizes -------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .._checks import DISTANCES
-from ..stylize.pictures import write_beside
+from .._files import write_beside
 from .curves import eer, roc, tar_at_far
 from .decisions import best_threshold
 from .files import load_embeddings, load_labels, read_pairs
