@@ -112,6 +112,19 @@ def test_gradients_reach_inputs_that_require_them():
     assert_close(x.grad, expected, rtol=1e-12, atol=1e-15)
 
 
+def test_a_cross_batch_memory_sees_the_batch_once():
+    memories = [nn.CrossBatchMemory(CRITERION, D, memory_size=30).double() for _ in range(2)]
+    model, inputs = network(), (batch(), batch())
+    for x in inputs:
+        in_one_go(model, x, lambda e: memories[0](e, LABELS))
+    expected = gradients(model)
+    for x in inputs:
+        cached_backward(model, x, lambda e: memories[1](e, LABELS), chunk_size=5)
+    assert distance(gradients(model), expected) <= 1e-12
+    assert_close(memories[1].memory, memories[0].memory, rtol=1e-12, atol=1e-15)
+    assert memories[1].filled == memories[0].filled == 30
+
+
 # ---- inputs ------------------------------------------------------------------------------------------------
 
 
