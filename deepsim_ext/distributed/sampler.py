@@ -32,11 +32,11 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
     to their order).
 
     In an epoch every sample comes at least once, and no class twice in a global batch. The samples of a class
-    of n make ceil(n / K) groups of K; the last one is filled up with others of the class. An epoch has as many
-    batches as hold all groups, and as the largest class has groups. Where that leaves room, classes repeat,
-    those with the fewest groups first. A class of fewer than K samples has each of them in a group about
-    equally often, so that its batches are as large as all others; leave such classes out of the data set if
-    you do not want them.
+    of n make ceil(n / K) groups of K; the last one is filled up with others of the class. An epoch has as
+    many batches as hold all groups, and as the largest class has groups. Where that leaves room, classes
+    repeat, those with the fewest groups first. A class of fewer than K samples has each of them in a group
+    about equally often, so that its batches are as large as all others; leave such classes out of the data
+    set if you do not want them.
 
     Args:
         labels: int64 [N], the class of every sample of the data set. The same on every rank.
@@ -117,7 +117,7 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
         return {"epoch": self.epoch, "batch": self._drawn}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """The next iteration goes on behind batch number `state["batch"]` of the epoch; later ones start anew.
+        """The next iteration leaves out the first `state["batch"]` batches of the epoch; later ones do not.
 
         Labels, P, K, W P, seed and split_classes are taken to be those of the sampler that the state is of.
         """
@@ -126,10 +126,8 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
         self._drawn = self._start = state["batch"]
 
     def __iter__(self) -> Iterator[list[int]]:
+        # Not before the first batch is asked for: a DataLoader with workers makes an iterator that it drops.
         start, self._start = self._start, 0
-        return self._iterate(start)
-
-    def _iterate(self, start: int) -> Iterator[list[int]]:
         self._drawn = start
         for batch, rows in enumerate(self._global_batches()):
             if batch >= start:

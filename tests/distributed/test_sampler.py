@@ -1,4 +1,4 @@
-"""P x K batches over ranks: coverage, disjoint shares, the same batches everywhere, going on in the middle."""
+"""P x K batches over ranks: coverage, disjoint shares, the same for any number of ranks, resuming."""
 
 from __future__ import annotations
 
@@ -170,6 +170,9 @@ def test_it_feeds_a_loader(workers):
     assert len(loader) == len(batches) == len(sampler)
     assert [rows.tolist() for rows, _ in batches] == list(sampler)
     assert all(torch.equal(labels[rows], classes) for rows, classes in batches)
+    sampler.load_state_dict({"epoch": 0, "batch": 2})
+    assert [rows.tolist() for rows, _ in loader] == list(sampler)[2:]
+    assert [rows.tolist() for rows, _ in loader] == list(sampler)
 
 
 LABELS = torch.arange(6).repeat(4)
