@@ -1,7 +1,8 @@
-"""Losses and mining over the batches of all ranks of a torch.distributed process group."""
+"""Losses and sampling over the batches of all ranks of a torch.distributed process group."""
 
 from __future__ import annotations
 
 from .loss import DistributedLoss
+from .sampler import ClassBalancedBatchSampler
 
-__all__ = ["DistributedLoss"]
+__all__ = ["ClassBalancedBatchSampler", "DistributedLoss"]
