@@ -33,7 +33,8 @@ def loss_of_triplets(
     """
     count = len(anchors)
     pairs = Pairs(x, torch.cat([anchors, anchors]), torch.cat([positives, negatives]), batches)
-    d_ap, d_an = pairs.distances(distance).split(count)
+    d = pairs.distances(distance)
+    d_ap, d_an = d[:count], d[count:]
     gap = (d_ap - d_an).requires_grad_()
     with torch.enable_grad():
         losses = triplet_loss(gap, torch.zeros_like(gap), margin, soft)

@@ -124,6 +124,8 @@ def test_as_one_process(ranks: list[list[tuple[Any, Tensor]]], number: int) -> N
             assert value.equal(getattr(found[0][0], name)), "not the same bits on all ranks"
     grad = torch.cat([grad for _, grad in found])
     assert grad.dtype == case.dtype
+    # Entries of a sum of many terms are right to the rounding of the sum's largest.
+    scale = float(x.grad.double().abs().amax().clamp(min=1)) if x.grad.numel() else 1.0
     half = case.dtype.itemsize == 2  # rounded at the end, perhaps the other way
-    rounding = {"rtol": 2 * torch.finfo(case.dtype).eps, "atol": 1e-7} if half else tolerance(case.dtype)
-    torch.testing.assert_close(grad, x.grad, **rounding)
+    rounding = torch.finfo(case.dtype).eps * 2 if half else tolerance(case.dtype)["atol"]
+    torch.testing.assert_close(grad, x.grad, rtol=0, atol=rounding * scale)
