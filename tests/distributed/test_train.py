@@ -372,6 +372,7 @@ def start(count: int, *arguments: str) -> list[subprocess.Popen[str]]:
         subprocess.Popen(
             [sys.executable, "-m", "deepsim_ext.examples.train", *ARGUMENTS, "--classes", "6", *arguments],
             env=os.environ | {k: str(v) for k, v in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()},
+            start_new_session=True,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -397,38 +398,39 @@ def wait_for(out: Path, step: int) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_killed_and_resumed_have_the_same_curve(tmp_path):
+def test_three_processes_killed_and_resumed_have_the_same_curve(tmp_path):
     whole, killed, alone = (tmp_path / name for name in ("whole", "killed", "alone"))
-    assert [code for code, _ in ends(start(2, "--out", str(whole)))] == [0, 0]
-    processes = start(2, "--out", str(killed))
+    assert [code for code, _ in ends(start(3, "--out", str(whole)))] == [0, 0, 0]
+    processes = start(3, "--out", str(killed))
     wait_for(killed, 8)
     for process in processes:
         process.send_signal(signal.SIGKILL)
-    assert [code for code, _ in ends(processes)] == [-signal.SIGKILL] * 2
+    assert [code for code, _ in ends(processes)] == [-signal.SIGKILL] * 3
     assert records(killed) != records(whole)
     assert not (killed / "network.pt").exists()
-    assert [code for code, _ in ends(start(2, "--out", str(killed), "--resume"))] == [0, 0]
+    assert [code for code, _ in ends(start(3, "--out", str(killed), "--resume"))] == [0, 0, 0]
     assert records(killed) == records(whole)
-    # And one process has the curve of two, but for rounding.
+    # And one process has the curve of three, but for rounding.
     assert train(alone, "--classes", "6") == 0
-    for one, two in zip(records(alone), records(whole), strict=True):
+    for one, three in zip(records(alone), records(whole), strict=True):
         if one["kind"] == "step" and one["step"] <= 10:
-            assert one["loss"] == pytest.approx(two["loss"], rel=1e-3)
-            assert one["mean_d_an"] == pytest.approx(two["mean_d_an"], rel=1e-3)
+            assert one["loss"] == pytest.approx(three["loss"], rel=1e-3)
+            assert one["mean_d_an"] == pytest.approx(three["mean_d_an"], rel=1e-3)
 
 
 @pytest.mark.slow
-def test_two_processes_end_by_a_signal_and_one_goes_on(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_two_processes_and_their_workers_end_by_a_signal(tmp_path, number):
     out = tmp_path / "run"
-    processes = start(2, "--out", str(out), "--epochs", "50")
+    processes = start(2, "--out", str(out), "--epochs", "50", "--workers", "1")
     wait_for(out, 12)
     for process in processes:
-        process.send_signal(signal.SIGTERM)
-    (first, text), (second, _) = ends(processes)
-    assert first and second
-    assert "--resume goes on from the last checkpoint" in text
-    saved = checkpoints.steps(out / "checkpoints")[-1]
-    assert saved >= 10
+        os.killpg(process.pid, number)
+    (code, text), (other, _) = ends(processes)
+    assert code == 128 + number and other
+    assert f"train: stopped by {number.name}; --resume goes on from the last checkpoint\n" in text
+    assert "Traceback" not in text
+    assert checkpoints.steps(out / "checkpoints")[-1] >= 10
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import signal
 import time
 from collections.abc import Iterable
 from contextlib import closing, nullcontext
@@ -143,7 +145,11 @@ def run(settings: argparse.Namespace, data: Data, parts: tuple[Tensor, Tensor], 
     sampler = ClassBalancedBatchSampler(
         data.labels[trained], settings.classes // count, settings.samples, seed=settings.seed
     )
-    workers = {"num_workers": settings.workers, "pin_memory": device.type == "cuda"}
+    workers = {
+        "num_workers": settings.workers,
+        "pin_memory": device.type == "cuda",
+        "worker_init_fn": _end_quietly,
+    }
     loader = DataLoader(Subset(data.images, trained.tolist()), batch_sampler=sampler, **workers)
     batch_size = sampler.classes_per_batch * settings.samples
     share = Subset(data.images, _share(held_out, rank, count).tolist())
@@ -196,6 +202,12 @@ def run(settings: argparse.Namespace, data: Data, parts: tuple[Tensor, Tensor], 
                     checkpoints.save(folder, step, training, rank)
     if rank == 0:
         network.save(training.plain_network, settings.out / "network.pt")
+
+
+def _end_quietly(worker: int) -> None:
+    """Lets a signal end a worker without a failure, which would be reported in place of the signal."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(0))
 
 
 def _last_checkpoint(folder: Path, processes: Processes) -> int:
