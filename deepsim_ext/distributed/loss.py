@@ -11,22 +11,30 @@ from torch.distributed import ProcessGroup
 from .. import _checks
 from .._checks.texts import describe, error
 from ..nn.embeddings import BatchContrastiveLoss, BatchHardTripletLoss, BatchLoss
+from ..nn.memory import CrossBatchMemory
 from ..results import ContrastiveResult, TripletLossResult
 from . import _batch_hard, _contrastive
 from ._agree import group_of
 from ._batches import Batches, exchange, is_differentiated
 from ._gather import gathered_loss
+from ._memory import add_memory_loss
 from ._result import RankResult, WithGradient
 
 MODES = ("auto", "ring", "gather")
 # Up to so many rows in all they are gathered: to send blocks round and to ask for rows takes longer than to
-# compute everything everywhere. Measured on two processes of one machine, benchmarks/bench_distributed.py.
+# compute everything everywhere. Measured on two processes of one machine.
 MOST_GATHERED_ROWS = 2048
 
 _ring_losses: dict[type[BatchLoss], Callable[..., RankResult]] = {
     BatchContrastiveLoss: _contrastive.ring_loss,
     BatchHardTripletLoss: _batch_hard.ring_loss,
 }
+
+
+def _goes_round(loss: BatchLoss) -> bool:
+    """Whether there is a ring for it."""
+    strategies = {loss.options.get("positive", "hard"), loss.options.get("negative", "hard")}
+    return type(loss) in _ring_losses and strategies == {"hard"}
 
 
 class DistributedLoss(nn.Module):
@@ -47,30 +55,36 @@ class DistributedLoss(nn.Module):
 
         ring    Blocks of rows go round the ranks, each two of which meet once, while tiles are worked on.
                 What is chosen is then fetched row by row. Memory is O(n D), with at most two blocks of others
-                in flight, and 8 bytes for each of all rows' labels; for losses of all positives also O(n K)
-                for K rows of a label. Arithmetic is shared out evenly. Batch-hard chooses the same for any
+                in flight, and 8 bytes for each of all rows' labels; for the contrastive loss also O(n K) for
+                K rows of a label. Arithmetic is shared out evenly. Batch-hard chooses the same for any
                 number of ranks: equal distances go to the lowest index in the union.
+                For `BatchHardTripletLoss` with the hardest of both and `BatchContrastiveLoss`, on the CPU.
         gather  Every rank gets all rows and computes the whole. Memory is O(N D), arithmetic is that of one
-                process, and there is one exchange only: for small batches.
+                process, and there is one exchange only: for small batches, and for every loss and device.
+
+    A `CrossBatchMemory` of a batch loss becomes one that all ranks fill together: the union of the batches
+    goes into it, every rank has the whole of it, and holds its own rows against it.
 
     Without an initialised process group, and in a group of one, it is `loss` itself.
 
     Args:
-        loss: a batch loss of `deepsim_ext.nn`; any reduction but "none".
+        loss: a batch loss of `deepsim_ext.nn`; any reduction but "none". Or a `CrossBatchMemory`, with the
+            same contents on every rank.
         process_group: None for the default group.
-        mode: "ring", "gather", or "auto" for one of them by the number of all rows.
+        mode: "ring", "gather", or "auto" for one of them: the ring from 2,049 rows in all, where there is
+            one.
         averaged_gradients: whether gradients are multiplied by the number of ranks, as above.
 
     Raises:
         TypeError, ValueError: at construction for an argument that is none of the above; in `forward`, on
             this rank for embeddings that are not [n, D] or labels that are not int64 [n], and on all ranks
-            where D, dtypes, kinds of device or options are not the same.
+            where D, dtypes, kinds of device, options or fill levels of the memory are not the same.
         RuntimeError: in `forward`, where another rank's arguments are wrong; names the rank.
     """
 
     def __init__(
         self,
-        loss: BatchLoss,
+        loss: BatchLoss | CrossBatchMemory,
         process_group: ProcessGroup | None = None,
         *,
         mode: str = "auto",
@@ -78,12 +92,15 @@ class DistributedLoss(nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        expected = 'a batch loss of deepsim_ext.nn without reduction="none"'
-        if not isinstance(loss, BatchLoss):
+        expected = 'a batch loss of deepsim_ext.nn without reduction="none", or a CrossBatchMemory'
+        if not isinstance(loss, BatchLoss | CrossBatchMemory):
             raise error(TypeError, name, "loss", expected, describe(loss))
-        if loss.options["reduction"] == "none":
+        if isinstance(loss, BatchLoss) and loss.options["reduction"] == "none":
             raise error(ValueError, name, "loss", expected, repr(loss))
         _checks.choice(name, "mode", mode, MODES)
+        of_batch = loss.loss if isinstance(loss, CrossBatchMemory) else loss
+        if mode == "ring" and not _goes_round(of_batch):
+            raise error(ValueError, name, "mode", f'"auto" or "gather" for {of_batch!r}', '"ring"')
         _checks.flag(name, "averaged_gradients", averaged_gradients)
         group_of(name, process_group)
         self.loss, self.process_group = loss, process_group
@@ -97,27 +114,40 @@ class DistributedLoss(nn.Module):
         if group is None:
             return self.loss(embeddings, labels)
 
+        memory = self.loss if isinstance(self.loss, CrossBatchMemory) else None
+        loss_of_batch = self.loss if memory is None else memory.loss
+
         def check() -> tuple[Tensor, Tensor]:
-            distance = self.loss.options["distance"]
+            if memory is not None:
+                _checks.cross_batch_memory(name, embeddings, labels, memory.memory)
+            distance = loss_of_batch.options["distance"]
             return _checks.batch_hard(name, embeddings, labels, None, None, distance=distance)[:2]
 
-        options = type(self.loss).__name__, self.loss.options, self.mode, self.averaged_gradients
+        options = type(loss_of_batch).__name__, loss_of_batch.options, self.mode, self.averaged_gradients
+        if memory is not None:
+            options += memory.extra_repr(), memory.get_extra_state(), memory.training
         x, batches = exchange(name, group, options, check)
         with torch.no_grad():
-            result, grad = self._of_all(x, labels, batches)
+            of_batches = self._of_all(loss_of_batch, x, labels, batches)
+            if memory is not None:
+                of_batches = add_memory_loss(of_batches, memory, x, labels, batches)
+        result, grad = of_batches
         loss = result.loss
         if is_differentiated(embeddings):
             scale = batches.world_size if self.averaged_gradients else 1
             loss = WithGradient.apply(embeddings, loss, scale * grad)
-        return result._replace(loss=loss) if self.loss.options["return_stats"] else loss
+        return result._replace(loss=loss) if loss_of_batch.options["return_stats"] else loss
 
     def extra_repr(self) -> str:
         return f"mode={self.mode!r}, averaged_gradients={self.averaged_gradients}"
 
-    def _of_all(self, x: Tensor, labels: Tensor, batches: Batches) -> RankResult:
-        gathered = batches.offsets[-1] <= MOST_GATHERED_ROWS if self.mode == "auto" else self.mode == "gather"
+    def _of_all(self, loss: BatchLoss, x: Tensor, labels: Tensor, batches: Batches) -> RankResult:
+        gathered = self.mode == "gather"
+        if self.mode == "auto":
+            few = batches.offsets[-1] <= MOST_GATHERED_ROWS
+            gathered = few or not _goes_round(loss) or x.device.type != "cpu"
         if gathered:
-            return gathered_loss(self.loss, x, batches, with_gradient=batches.with_gradient)
-        options = {name: value for name, value in self.loss.options.items() if name != "return_stats"}
-        ring_loss = _ring_losses[type(self.loss)]
+            return gathered_loss(loss, x, batches, with_gradient=batches.with_gradient)
+        options = {name: value for name, value in loss.options.items() if name != "return_stats"}
+        ring_loss = _ring_losses[type(loss)]
         return ring_loss(x, labels, batches, **options, with_gradient=batches.with_gradient)
