@@ -12,7 +12,7 @@ constexpr int kRowWarps = kRowThreads / kWarp;
 
 // Blocks on a multiprocessor at least. A warp follows indices from one load to the next: only other warps hide its waiting.
 template <class S>
-constexpr int kFinishBlocks = sizeof(Compute<S>) == 4 ? 4 : 2;
+constexpr int kFinishBlocks = sizeof(Compute<S>) == 4 ? 3 : 2;
 
 // ---- what mining found ----
 
