@@ -47,16 +47,17 @@ def test_every_kernel_is_right_under_every_schedule(tmp_path):
 BARRIER = "    __syncthreads();  // this chunk is there for all, and nobody needs the one before\n"
 WAIT = "    ptx::cp_async_wait<kMmaStages - 2>();\n"
 REFILL = "    load(chunk + kMmaStages - 1);\n"
-DESCRIPTION = "  out.half_norm[side][r] = set.half_norm[position];\n"
-IN_ROWS = "    __syncwarp();  // keeps"
+DESCRIPTION = "  out.half_norm_and_scale[side][r] = {set.half_norm[position], set.scale[position]};\n"
+COLUMNS = "      ptx::ldmatrix_x4(r, columns + j"
 TWO_BARRIERS = (
     "    if (threadIdx.x < 200) {\n      __syncthreads();\n    } else {\n      __syncthreads();\n    }\n"
 )
-FULL_WAIT = "    ptx::mbarrier_wait(&shared.full[stage], chunk / kWgmmaStages);\n"
+FULL_WAIT = "      ptx::mbarrier_wait(&shared.full[stage], multiplied / kWgmmaStages);\n"
 EMPTY_WAIT = (
-    "      if (chunk > 0) ptx::mbarrier_wait(&shared.empty[next % kWgmmaStages], next / kWgmmaStages - 1);\n"
+    "  if (loaded >= kWgmmaStages) ptx::mbarrier_wait(&shared.empty[stage], loaded / kWgmmaStages - 1);\n"
 )
-ARRIVAL = "    if (lane == 0) ptx::mbarrier_arrive(&shared.empty[stage]);\n"
+ARRIVAL = "      if (lane_index() == 0) ptx::mbarrier_arrive(&shared.empty[stage]);\n"
+BETWEEN_TILES = "    __syncthreads();  // the next description is there, and nobody needs this one\n"
 PRODUCTS_WAIT = "    ptx::wgmma_wait<0>(products.fragment[0]);\n"
 SORTED = "      }\n      __syncthreads();\n    }\n  }\n}\n\n// How many"
 OTHERS = "    __syncthreads();\n#pragma unroll\n    for (int o = 0;"
@@ -77,9 +78,9 @@ PLANTED = {
         "deadlock: ",
     ),
     "warp_operation_of_some": (
-        "search_tile.cuh",
-        IN_ROWS,
-        IN_ROWS.replace("__", "if (lane < 16) __"),
+        "mine_mma.cuh",
+        COLUMNS,
+        COLUMNS.replace("ptx::", "if (lane < 16) ptx::"),
         "divergent warp",
     ),
     "read_beyond_global_memory": (
@@ -97,6 +98,7 @@ PLANTED = {
     "missing_wait_for_bulk_copy": ("mine_wgmma.cuh", FULL_WAIT, "", "mbarrier: more threads arrive"),
     "missing_wait_for_products": ("mine_wgmma.cuh", PRODUCTS_WAIT, "", "wrong: "),
     "refill_of_a_stage_in_use": ("mine_wgmma.cuh", EMPTY_WAIT, "", "deadlock: "),
+    "missing_barrier_between_tiles": ("mine_wgmma.cuh", BETWEEN_TILES, "", "wrong: "),
     "missing_arrival": ("mine_wgmma.cuh", ARRIVAL, "", "deadlock: "),
     "products_of_some_warps": (
         "mine_wgmma.cuh",

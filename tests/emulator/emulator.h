@@ -133,7 +133,7 @@ struct Block {
 
   uint32_t draw(uint32_t below) {
     random = random * 1664525u + 1013904223u;
-    return (random >> 8) % below;
+    return uint32_t(uint64_t(random) * below >> 32);  // by the high bits: the low ones repeat after a few draws
   }
 };
 
