@@ -15,7 +15,7 @@ void check_given_lists(const char* function, const at::Tensor& embeddings, const
   check_floating(function, "positives", positives, 1);
   check_like(function, "positives", positives, compute_type(embeddings.scalar_type()), device, positives.sizes());
   check_like(function, "begin", begin, at::kLong, device, {embeddings.size(0) + 1});
-  if (center) check_like(function, "center", *center, at::kDouble, at::kCPU, {embeddings.size(1)});
+  if (center) check_like(function, "center", *center, at::kDouble, device, {embeddings.size(1)});
   const at::Tensor values = begin.contiguous();
   const int64_t *first = values.const_data_ptr<int64_t>(), *last = first + embeddings.size(0);
   TORCH_CHECK_VALUE(*first == 0 && *last == positives.size(0) && std::is_sorted(first, last + 1), function,

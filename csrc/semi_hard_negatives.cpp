@@ -8,8 +8,8 @@ TORCH_LIBRARY_FRAGMENT(deepsim_ext, m) {
   // where there is none, and its index, -1; for every anchor the farthest row of another label, -inf and -1. The lowest index on ties.
   // Distances in the type of the arithmetic, that of `positives`, and int32. NaN and -1 throughout where rows cannot be compared or a
   // positive is NaN. A positive of -1 asks for the nearest of all.
-  // center: float64 [D] on the CPU, what rows are shifted by before their distances are taken; None: by their means. With the same centre
-  // a pair of rows has the same distance, to the last bit, in every block.
+  // center: float64 [D], what rows are shifted by before their distances are taken, for cosine distance 0 where any block has a zero row;
+  // None: by their means. With the same centre a pair of rows has the same distance, to the last bit, in every block.
   m.def(
       "semi_hard_negatives(Tensor embeddings, Tensor labels, Tensor ref_embeddings, Tensor ref_labels, Tensor begin,"
       " Tensor positives, Tensor? center, str distance)"

@@ -19,15 +19,15 @@ using Added = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 template <class T>
 Added count(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& labels, const at::Tensor& ref,
             const at::Tensor& ref_labels, const at::Tensor& begin, const at::Tensor& positives, double margin, bool semi_hard,
-            Distance distance, bool with_gradient) {
+            const Center& about, Distance distance, bool with_gradient) {
   const auto nan = [&](at::IntArrayRef sizes) { return at::full(sizes, std::numeric_limits<double>::quiet_NaN(), positives.options()); };
   Added added{nan({4}).to(at::kDouble), nan({positives.size(0)}), nan({with_gradient ? x.size(0) : 0, x.size(1)}),
               nan({with_gradient ? ref.size(0) : 0, x.size(1)})};
   auto& [sums, active, grad, grad_ref] = added;
 
-  const PackedPairs<T> pairs = pack_pairs(kernels, x, labels, OptionalTensor(ref), OptionalTensor(ref_labels), distance);
+  const PackedPairs<T> pairs = pack_pairs(kernels, x, labels, OptionalTensor(ref), OptionalTensor(ref_labels), distance, about);
   // With any margin a positive stays below what stands for "no pair". (False for NaN.)
-  const bool comparable = (positives <= double(std::numeric_limits<T>::max() / 2)).all().template item<bool>();
+  const bool comparable = positives.le(double(std::numeric_limits<T>::max() / 2)).all().template item<bool>();
   if (!pairs.finite || !comparable) return added;
   PositiveLists<T> lists = given_lists<T>(pairs, 0, begin, positives);
   const ActiveNegatives<T> negatives = active_negatives(kernels, pairs, lists, margin, semi_hard, distance, with_gradient);
@@ -55,7 +55,7 @@ Added batch_all_negatives(const at::Tensor& embeddings, const at::Tensor& labels
   const Distance d = distance_from(function, distance);
   return dispatch(embeddings.scalar_type(), [&](const auto& kernels) {
     return count(kernels, with_adjacent_columns(embeddings), labels, with_adjacent_columns(ref_embeddings), ref_labels, begin.contiguous(),
-                 positives.contiguous(), margin, semi_hard, d, with_gradient);
+                 positives.contiguous(), margin, semi_hard, given_center(center), d, with_gradient);
   });
 }
 

@@ -87,7 +87,7 @@ std::tuple<at::Tensor, at::Tensor> search(const Kernels<T>& kernels, const at::T
   Results<T> results(queries, k);
   // Queries have negative labels, so that they share none with the gallery.
   const SortedLabels labels = all_different(n, gallery ? -n : 0), others = gallery ? all_different(gallery->size(0), 0) : labels;
-  const PackedPairs<T> pairs = pack_pairs(kernels, queries, labels, gallery, others, distance, Center::references);
+  const PackedPairs<T> pairs = pack_pairs(kernels, queries, labels, gallery, others, distance, {Center::references, {}});
   if (!pairs.finite) {
     results.set_none();
     return results.tensors();

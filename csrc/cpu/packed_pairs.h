@@ -124,32 +124,50 @@ bool can_be_compared(const PackedPoints<T>& p) {
   return std::all_of(p.half_norm.begin(), p.half_norm.begin() + p.count, [limit](T h) { return h < limit; });
 }
 
-// What the rows of both sides are shifted by: the mean of both, or that of the references alone, so that no anchor matters to the others.
-enum class Center { both, references };
+// What the rows of both sides are shifted by: the mean of both; that of the references alone, so that no anchor matters to the others;
+// or what the caller says, so that many sets see the same distances, to the bit.
+struct Center {
+  enum About { both, references } about = both;
+  OptionalTensor given;  // float64 [D], for cosine distance 0 where any of the many sets has a zero row
+};
+
+template <class T>
+std::vector<double> center_of(const Kernels<T>& kernels, const Rows& references, const std::vector<double>& ref_norm, const Rows* anchors,
+                              const std::vector<double>& row_norm, Distance distance) {
+  std::vector<double> center = column_means(kernels, references, ref_norm);
+  if (anchors) {
+    // Anchors and references weigh the same, whatever their numbers.
+    const std::vector<double> anchor_center = column_means(kernels, *anchors, row_norm);
+    for (int64_t k = 0; k < references.depth; ++k) center[k] = (center[k] + anchor_center[k]) / 2;
+  }
+  if (distance != Distance::cosine) round_center(kernels, references, center);
+  return center;
+}
 
 // Elements of a row of x and ref must be adjacent. The half squared distance of packed rows is that of the input's rows or, for cosine
 // distance, of their unit vectors: the cosine distance itself.
 template <class T>
 PackedPairs<T> pack_pairs(const Kernels<T>& kernels, const at::Tensor& x, const SortedLabels& sorted, const OptionalTensor& ref,
-                          const SortedLabels& ref_sorted, Distance distance, Center about = Center::both) {
+                          const SortedLabels& ref_sorted, Distance distance, const Center& about = {}) {
   const Rows anchors = rows_of(x), references = ref ? rows_of(*ref) : anchors;
   const bool cosine = distance == Distance::cosine;
   std::vector<double> row_norm, ref_norm;
   if (cosine) row_norm = norms(kernels, anchors);
   if (cosine && ref) ref_norm = norms(kernels, references);
-  std::vector<double> center = column_means(kernels, references, ref ? ref_norm : row_norm);
-  if (ref && about == Center::both) {
-    // Anchors and references weigh the same, whatever their numbers.
-    const std::vector<double> anchor_center = column_means(kernels, anchors, row_norm);
-    for (int64_t k = 0; k < anchors.depth; ++k) center[k] = (center[k] + anchor_center[k]) / 2;
+  std::vector<double> center(anchors.depth);
+  if (about.given) {
+    std::copy_n(about.given->const_data_ptr<double>(), anchors.depth, center.begin());
+  } else {
+    const Rows* both = ref && about.about == Center::both ? &anchors : nullptr;
+    center = center_of(kernels, references, ref ? ref_norm : row_norm, both, row_norm, distance);
   }
 
   // A zero row has cosine 0 with every row: with |.|^2 / 2 set to 1/2 throughout, 1/2 + 1/2 - 0 says so, as long as the rows
   // are not shifted. (The largest centred squared norm is then near 1, so centring would gain nothing.)
   const auto has_zero = [](const std::vector<double>& norm) { return std::find(norm.begin(), norm.end(), 0.0) != norm.end(); };
-  const bool zero_rows = cosine && (has_zero(row_norm) || has_zero(ref_norm));
+  const bool not_shifted = std::all_of(center.begin(), center.end(), [](double c) { return c == 0; });
+  const bool zero_rows = cosine && ((about.given && not_shifted) || has_zero(row_norm) || has_zero(ref_norm));
   if (zero_rows) std::fill(center.begin(), center.end(), 0.0);
-  if (!cosine) round_center(kernels, references, center);
 
   PackedPairs<T> pairs;
   pairs.panel_rows = kernels.panel_rows;
@@ -168,10 +186,10 @@ PackedPairs<T> pack_pairs(const Kernels<T>& kernels, const at::Tensor& x, const 
 // The same from labels; ref and ref_labels are given together or not at all.
 template <class T>
 PackedPairs<T> pack_pairs(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& labels, const OptionalTensor& ref,
-                          const OptionalTensor& ref_labels, Distance distance) {
+                          const OptionalTensor& ref_labels, Distance distance, const Center& about = {}) {
   const SortedLabels sorted = sort_labels(labels);
-  return ref ? pack_pairs(kernels, x, sorted, ref, sort_labels(*ref_labels), distance)
-             : pack_pairs(kernels, x, sorted, ref, sorted, distance);
+  return ref ? pack_pairs(kernels, x, sorted, ref, sort_labels(*ref_labels), distance, about)
+             : pack_pairs(kernels, x, sorted, ref, sorted, distance, about);
 }
 
 }  // namespace deepsim::cpu

@@ -51,6 +51,10 @@ PositiveLists<T> positive_lists(const Kernels<T>& kernels, const PackedPairs<T>&
   return lists;
 }
 
+inline Center given_center(const OptionalTensor& center) {
+  return {Center::both, center ? OptionalTensor(center->contiguous()) : std::nullopt};
+}
+
 // Those of the call: of row a of the input, elements [begin[a], begin[a + 1]) of `distances`; as check_given_lists leaves them, contiguous.
 template <class T>
 PositiveLists<T> given_lists(const PackedPairs<T>& pairs, int64_t narrowest, const at::Tensor& begin, const at::Tensor& distances) {

@@ -17,7 +17,8 @@ using Found = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 template <class T>
 Found search(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& labels, const at::Tensor& ref,
-             const at::Tensor& ref_labels, const at::Tensor& begin, const at::Tensor& positives, Distance distance) {
+             const at::Tensor& ref_labels, const at::Tensor& begin, const at::Tensor& positives, const Center& about,
+             Distance distance) {
   constexpr T infinity = std::numeric_limits<T>::infinity();
   const auto nan = [&](int64_t n) { return at::full({n}, std::numeric_limits<double>::quiet_NaN(), positives.options()); };
   const auto nobody = [&](int64_t n) { return at::full({n}, -1, positives.options().dtype(at::kInt)); };
@@ -25,7 +26,7 @@ Found search(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& l
   Found found{nan(elements), nobody(elements), nan(n), nobody(n)};
   auto& [nearest, nearest_index, farthest, farthest_index] = found;
 
-  const PackedPairs<T> pairs = pack_pairs(kernels, x, labels, OptionalTensor(ref), OptionalTensor(ref_labels), distance);
+  const PackedPairs<T> pairs = pack_pairs(kernels, x, labels, OptionalTensor(ref), OptionalTensor(ref_labels), distance, about);
   if (!pairs.finite || positives.isnan().any().template item<bool>()) return found;
   // One element at least for every anchor: the search passes over panels of rows that have none.
   PositiveLists<T> lists = given_lists<T>(pairs, 1, begin, positives);
@@ -56,7 +57,7 @@ Found semi_hard_negatives(const at::Tensor& embeddings, const at::Tensor& labels
   const Distance d = distance_from(function, distance);
   return dispatch(embeddings.scalar_type(), [&](const auto& kernels) {
     return search(kernels, with_adjacent_columns(embeddings), labels, with_adjacent_columns(ref_embeddings), ref_labels, begin.contiguous(),
-                  positives.contiguous(), d);
+                  positives.contiguous(), given_center(center), d);
   });
 }
 
