@@ -53,6 +53,10 @@ void check_batch(const char* function, const at::Tensor& embeddings, const at::T
              {ref_embeddings->size(0), embeddings.size(1)});
 }
 
+void check_center(const char* function, const at::Tensor& center, const at::Tensor& embeddings) {
+  check_like(function, "center", center, at::kDouble, embeddings.device(), {embeddings.size(1)});
+}
+
 void check_backward(const at::Tensor& grad_loss, const at::Tensor& embeddings, const std::optional<at::Tensor>& ref_embeddings,
                     const at::Tensor& positives, const at::Tensor& negatives, const at::Tensor& d_ap, const at::Tensor& d_an,
                     Reduction reduction) {
@@ -82,6 +86,13 @@ TORCH_LIBRARY_FRAGMENT(deepsim_ext, m) {
   m.def(
       "batch_hard_mine(Tensor embeddings, Tensor labels, Tensor? ref_embeddings, Tensor? ref_labels, str distance)"
       " -> (Tensor positives, Tensor negatives)");
+  // Of every row, and of every row of a reference set among the embeddings: the largest |a - b|^2 / 2 to a positive and the smallest to
+  // a negative, [2, N] as tiles of distances between rows less `center` have them (cosine distance: 1 - cos), and the rows they are
+  // to, int32. Where there is none -inf (inf) and -1; with a NaN or inf in the embeddings NaN and -1. And half the squared norms of
+  // rows less `center`, which tell what digits are lost (common/choose_again.h).
+  m.def(
+      "batch_hard_extremes(Tensor embeddings, Tensor labels, Tensor? ref_embeddings, Tensor? ref_labels, Tensor center, str distance)"
+      " -> (Tensor half_squares, Tensor indices, Tensor half_norms, Tensor ref_half_squares, Tensor ref_indices)");
   m.def(
       "batch_hard_triplet_loss(Tensor embeddings, Tensor labels, Tensor? ref_embeddings, Tensor? ref_labels, float margin,"
       " bool soft, str distance, str reduction)"

@@ -23,6 +23,9 @@ void check_rows(const char* function, const char* argument, const at::Tensor& x)
 void check_batch(const char* function, const at::Tensor& embeddings, const at::Tensor& labels,
                  const std::optional<at::Tensor>& ref_embeddings, const std::optional<at::Tensor>& ref_labels);
 
+// Throws unless center [D], float64, is something that the embeddings can be shifted by.
+void check_center(const char* function, const at::Tensor& center, const at::Tensor& embeddings);
+
 // The same for the arguments of the backward op. (Indices are checked by the kernels, which read them anyway.)
 void check_backward(const at::Tensor& grad_loss, const at::Tensor& embeddings, const std::optional<at::Tensor>& ref_embeddings,
                     const at::Tensor& positives, const at::Tensor& negatives, const at::Tensor& d_ap, const at::Tensor& d_an,

@@ -16,6 +16,7 @@ except ImportError as error:
 
 from . import functional, nn, reference
 from .functional import *  # noqa: F403
+from .grad_cache import cached_backward
 from .gram_accumulator import GramAccumulator
 from .presets import StylePreset, style_preset
 from .results import ContrastiveResult, NearestNeighbors, StyleTransferResult, TripletLossResult
@@ -31,6 +32,7 @@ __all__ = [
     "TripletLossResult",
     "__version__",
     "build_info",
+    "cached_backward",
     "functional",
     "nn",
     "reference",

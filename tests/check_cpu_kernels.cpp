@@ -105,7 +105,7 @@ void check_batch_hard(const std::string& name, const Kernels<T>& kernels, int64_
   std::vector<T> smallest(padded, infinity), largest(padded, -infinity);
   std::vector<int32_t> negatives(padded, INT32_MAX), positives(padded, INT32_MAX);
   const Extremes<T> best{smallest.data(), largest.data(), negatives.data(), positives.data()};
-  kernels.mine({points.tiles(0, points.panels), best, best});
+  kernels.mine({points.tiles(0, points.panels), best, best, false});
   for (int64_t i = 0; i < n; ++i) {
     double nearest = 1e300, farthest = -1;
     for (int64_t j = 0; j < n; ++j) {

@@ -13,6 +13,7 @@ from deepsim_ext import (
     batch_contrastive_loss,
     batch_hard_triplet_loss,
     batch_semi_hard_triplet_loss,
+    cached_backward,
     gram_matrix,
     nearest_neighbors,
     reference,
@@ -205,3 +206,25 @@ def test_style_of_large_pictures_against_float64(dtype, memory_format):
         assert error < (1e-5 if dtype is torch.float32 else 5e-3)
         assert grad.is_contiguous(memory_format=memory_format)
         assert all(torch.equal(a, b) for a, b in zip(style_step(f, target), (loss, grad), strict=True))
+
+
+def test_both_passes_of_chunks_draw_the_same_dropout():
+    """Under autocast, too, of which backward sees nothing."""
+    layers = (torch.nn.Linear(32, 64), torch.nn.Dropout(0.5), torch.nn.ReLU(), torch.nn.Linear(64, 16))
+    model = torch.nn.Sequential(*layers).cuda()
+    x, labels = batch(100, 32)
+    x = x.detach()
+    torch.manual_seed(1)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        loss = batch_hard_triplet_loss(torch.cat([model(chunk) for chunk in x.split(30)]), labels)
+    loss.backward()
+    expected, drawn_after = [p.grad for p in model.parameters()], torch.rand(3, device="cuda")
+    model.zero_grad()
+    torch.manual_seed(1)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        got = cached_backward(model, x, lambda e: batch_hard_triplet_loss(e, labels), chunk_size=30)
+    assert torch.equal(got, loss)
+    assert torch.equal(torch.rand(3, device="cuda"), drawn_after)
+    *got, _ = (p.grad for p in model.parameters())  # no distance changes with the last bias
+    for gradient, other in zip(got, expected[:-1], strict=True):
+        assert (gradient - other).norm() <= 0.02 * other.norm()

@@ -195,7 +195,16 @@ RESULTS = ["ContrastiveResult", "NearestNeighbors", "StyleTransferResult", "Trip
 
 @pytest.mark.parametrize(
     "name",
-    [*MODULES, *HEADS, *RESULTS, "CrossBatchMemory", "GramAccumulator", "StyleTransferLoss", "build_info"],
+    [
+        *MODULES,
+        *HEADS,
+        *RESULTS,
+        "CrossBatchMemory",
+        "GramAccumulator",
+        "StyleTransferLoss",
+        "build_info",
+        "cached_backward",
+    ],
 )
 def test_every_other_public_name_has_a_docstring(name):
     assert inspect.getdoc(getattr(nn, name, None) or getattr(deepsim_ext, name))

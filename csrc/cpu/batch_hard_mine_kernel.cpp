@@ -69,10 +69,44 @@ void copy(const ExtremesBuffer<T>& all, int64_t from, int64_t n, ExtremesBuffer<
   std::copy_n(all.positive_index.begin() + from, n, part.positive_index.begin());
 }
 
-// Searches rows against columns, square of panels by square. A square starts from the best found so far, which saves work,
-// and hands its finds back under the lock of its rows (columns); the order in which that happens cannot be seen.
+// The best of the rows, or columns, of one side, whose blocks are taken under their locks.
 template <class T>
-ExtremesBuffer<T> search(const Kernels<T>& kernels, const PackedPairs<T>& pairs) {
+class SharedExtremes {
+ public:
+  SharedExtremes(int64_t panels, int64_t width, int64_t block_panels)
+      : best(panels * width), locks_((panels + block_panels - 1) / block_panels), panels_(panels), width_(width), side_(block_panels) {}
+
+  void read(int64_t block, ExtremesBuffer<T>& part) {
+    with_lock(block, [&](int64_t first, int64_t count) { copy(best, first, count, part); });
+  }
+  void improve(int64_t block, const ExtremesBuffer<T>& part) {
+    with_lock(block, [&](int64_t first, int64_t count) { merge(best, first, part, count); });
+  }
+
+  ExtremesBuffer<T> best;
+
+ private:
+  template <class Action>
+  void with_lock(int64_t block, Action action) {
+    const int64_t first = block * side_, count = std::min(side_, panels_ - first) * width_;
+    std::lock_guard<std::mutex> guard(locks_[block]);
+    action(first * width_, count);
+  }
+
+  std::vector<std::mutex> locks_;
+  int64_t panels_, width_, side_;
+};
+
+template <class T>
+struct Found {
+  ExtremesBuffer<T> rows, columns;  // columns of a reference set, where they are searched too
+};
+
+// Searches rows against columns, square of panels by square, for the best of the rows and, if `of_columns`, of a reference set's rows as
+// well. A square starts from the best found so far, which saves work, and hands its finds back under the lock of its rows (columns);
+// the order in which that happens cannot be seen.
+template <class T>
+Found<T> search(const Kernels<T>& kernels, const PackedPairs<T>& pairs, bool of_columns) {
   const Stage stage("tiles");
   const PackedPoints<T>&rows = pairs.rows, &columns = pairs.columns();
   const bool symmetric = pairs.symmetric;
@@ -81,33 +115,28 @@ ExtremesBuffer<T> search(const Kernels<T>& kernels, const PackedPairs<T>& pairs)
   const int64_t row_blocks = (rows.panels + side - 1) / side, column_blocks = (columns.panels + side - 1) / side;
   const int64_t squares = symmetric ? row_blocks * (row_blocks + 1) / 2 : row_blocks * column_blocks;
 
-  ExtremesBuffer<T> best(rows.panels * width);
-  std::vector<std::mutex> locks(row_blocks);
+  SharedExtremes<T> row_side(rows.panels, width, side), reference_side(of_columns ? columns.panels : 0, width, side);
+  SharedExtremes<T>& column_side = symmetric ? row_side : reference_side;
 
   at::parallel_for(0, squares, square_grain(side * width * side * width * rows.view.depth), [&](int64_t begin, int64_t end) {
     ExtremesBuffer<T> row_best(side * width), column_best(side * width);
-    const auto with_lock = [&](int64_t block, auto action) {
-      const int64_t first = block * side, count = std::min(side, rows.panels - first) * width;
-      std::lock_guard<std::mutex> guard(locks[block]);
-      action(first * width, count);
-    };
     // The first square of this thread, then on along the rows of the (triangle or rectangle of) squares.
     int64_t i = 0, j = 0, skipped = begin;
     for (; skipped >= column_blocks - (symmetric ? i : 0); ++i) skipped -= column_blocks - (symmetric ? i : 0);
     j = (symmetric ? i : 0) + skipped;
     for (int64_t square = begin; square < end; ++square) {
-      const bool both = symmetric && i != j;
-      with_lock(i, [&](int64_t first, int64_t count) { copy(best, first, count, row_best); });
-      if (both) with_lock(j, [&](int64_t first, int64_t count) { copy(best, first, count, column_best); });
+      const bool both = symmetric ? i != j : of_columns;
+      row_side.read(i, row_best);
+      if (both) column_side.read(j, column_best);
       const TileBlock<T> tiles = pairs.tiles(i * side, std::min((i + 1) * side, rows.panels), j * side,
                                              std::min((j + 1) * side, columns.panels));
-      kernels.mine({tiles, row_best.view(), both ? column_best.view() : row_best.view()});
-      with_lock(i, [&](int64_t first, int64_t count) { merge(best, first, row_best, count); });
-      if (both) with_lock(j, [&](int64_t first, int64_t count) { merge(best, first, column_best, count); });
+      kernels.mine({tiles, row_best.view(), both ? column_best.view() : row_best.view(), of_columns});
+      row_side.improve(i, row_best);
+      if (both) column_side.improve(j, column_best);
       if (++j == column_blocks) j = symmetric ? ++i : (++i, 0);
     }
   });
-  return best;
+  return {std::move(row_side.best), std::move(reference_side.best)};
 }
 
 template <class T>
@@ -115,7 +144,7 @@ Mined mine(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& lab
            const OptionalTensor& ref_labels, Distance distance) {
   const PackedPairs<T> pairs = pack_pairs(kernels, x, labels, ref, ref_labels, distance);
   return mine_packed(pairs, [&] {
-    ExtremesBuffer<T> best = search(kernels, pairs);
+    ExtremesBuffer<T> best = search(kernels, pairs, false).rows;
     choose_positives_again<T>(kernels, pairs, distance, {best.positive, best.positive_index});
     choose_negatives_again<T>(kernels, pairs, distance, {best.negative, best.negative_index});
     return std::pair(std::move(best.positive_index), std::move(best.negative_index));
@@ -134,6 +163,59 @@ std::tuple<at::Tensor, at::Tensor> batch_hard_mine(const at::Tensor& embeddings,
   return {mined.positives, mined.negatives};
 }
 
+// Of one side's rows, as the input has them: [2, N] largest |a - b|^2 / 2 to a positive (-inf where there is none) and smallest to a
+// negative (inf); and whom, -1 for nobody.
+struct SideExtremes {
+  at::Tensor half_squares, indices;
+};
+
+template <class T>
+SideExtremes by_row(const ExtremesBuffer<T>& best, const PackedPoints<T>& points) {
+  const int64_t n = points.count;
+  SideExtremes side{at::empty({2, n}, points.panel_buffer.options()), at::empty({2, n}, at::kInt)};
+  const auto unpack = [&](int64_t which, const std::vector<T>& value, const std::vector<int32_t>& index) {
+    T* values = side.half_squares.template mutable_data_ptr<T>() + which * n;
+    int32_t* indices = side.indices.template mutable_data_ptr<int32_t>() + which * n;
+    for (int64_t p = 0; p < n; ++p) {
+      values[points.original[p]] = value[p];
+      indices[points.original[p]] = index[p] == kNobody ? -1 : index[p];
+    }
+  };
+  unpack(0, best.positive, best.positive_index);
+  unpack(1, best.negative, best.negative_index);
+  return side;
+}
+
+SideExtremes nothing_found(int64_t rows, const at::TensorOptions& options) {
+  return {at::full({2, rows}, std::numeric_limits<double>::quiet_NaN(), options), at::full({2, rows}, -1, at::kInt)};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_hard_extremes(
+    const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& ref_embeddings, const OptionalTensor& ref_labels,
+    const at::Tensor& center, std::string_view distance) {
+  constexpr const char* function = "batch_hard_extremes";
+  check_batch(function, embeddings, labels, ref_embeddings, ref_labels);
+  check_center(function, center, embeddings);
+  const Distance d = distance_from(function, distance);
+  const at::Tensor x = with_adjacent_columns(embeddings);
+  const OptionalTensor ref = ref_embeddings ? OptionalTensor(with_adjacent_columns(*ref_embeddings)) : std::nullopt;
+  return dispatch(x.scalar_type(), [&](const auto& kernels) {
+    using T = typename std::decay_t<decltype(kernels)>::Compute;
+    const PackedPairs<T> pairs = pack_pairs(kernels, x, labels, ref, ref_labels, d, {Center::both, center.contiguous()});
+    const at::Tensor half_norm = at::empty({pairs.rows.count}, pairs.rows.panel_buffer.options());
+    for (int64_t p = 0; p < pairs.rows.count; ++p)
+      half_norm.template mutable_data_ptr<T>()[pairs.rows.original[p]] = pairs.rows.half_norm[p];
+    SideExtremes row_side = nothing_found(pairs.rows.count, half_norm.options());
+    SideExtremes reference_side = nothing_found(pairs.references.count, half_norm.options());
+    if (pairs.finite) {
+      const Found<T> found = search(kernels, pairs, ref.has_value());
+      row_side = by_row(found.rows, pairs.rows);
+      if (ref) reference_side = by_row(found.columns, pairs.references);
+    }
+    return std::tuple(row_side.half_squares, row_side.indices, half_norm, reference_side.half_squares, reference_side.indices);
+  });
+}
+
 }  // namespace
 
 Mined mine_batch_hard(const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& ref_embeddings,
@@ -143,6 +225,9 @@ Mined mine_batch_hard(const at::Tensor& embeddings, const at::Tensor& labels, co
   });
 }
 
-TORCH_LIBRARY_IMPL(deepsim_ext, CPU, m) { m.impl("batch_hard_mine", batch_hard_mine); }
+TORCH_LIBRARY_IMPL(deepsim_ext, CPU, m) {
+  m.impl("batch_hard_mine", batch_hard_mine);
+  m.impl("batch_hard_extremes", batch_hard_extremes);
+}
 
 }  // namespace deepsim::cpu

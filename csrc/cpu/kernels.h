@@ -54,11 +54,12 @@ struct TileBlock {
   bool symmetric;  // rows and columns are the same points: only i <= j is computed, and i is never paired with itself
 };
 
-// One rectangle to search for the hardest pairs of its rows and, where it is symmetric, of its columns.
+// One rectangle to search for the hardest pairs of its rows and, where it is symmetric or they are asked for, of its columns.
 template <class T>
 struct MineBlock {
   TileBlock<T> tiles;
   Extremes<T> row_best, column_best;  // entry 0 belongs to the first row (column) of the block
+  bool of_columns;                    // in a rectangle that is not symmetric: of its columns too
 };
 
 // The gradient of sum_a coefficient[a] * (d(a, positive) - d(a, negative)).

@@ -22,6 +22,7 @@ from .batch import (
     mining_strategies,
     semi_hard_options,
 )
+from .grad_cache import cached_backward, chunk_embeddings, loss_value, unrelated_loss
 from .layers import (
     GRAM_DISTANCES,
     GRAM_NORMALIZATIONS,
@@ -86,8 +87,10 @@ __all__ = [
     "batch_contrastive_options",
     "batch_hard",
     "batch_hard_options",
+    "cached_backward",
     "check_features",
     "choice",
+    "chunk_embeddings",
     "compute_dtype",
     "content",
     "content_options",
@@ -99,6 +102,7 @@ __all__ = [
     "gram_matrix",
     "gram_normalization",
     "layer_weights",
+    "loss_value",
     "margin_value",
     "mining_strategies",
     "nearest_neighbors",
@@ -109,4 +113,5 @@ __all__ = [
     "total_variation_options",
     "triplet_margin",
     "triplet_margin_options",
+    "unrelated_loss",
 ]

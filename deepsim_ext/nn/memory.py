@@ -22,6 +22,8 @@ class CrossBatchMemory(nn.Module):
     In eval mode the loss is the same and the memory stays as it is. A NaN or inf that was put there makes
     losses NaN until it is overwritten, or until `reset()`.
 
+    `deepsim_ext.distributed.DistributedLoss` of it is a memory that all ranks share.
+
     Memory and fill level are in the state_dict: after a restart training continues in the same bits. The
     memory has the dtype and device that `.to()` gives it, at first float32 on the CPU; narrower embeddings,
     as under autocast, meet it in their own dtype. Position and fill level are Python numbers: no call waits
@@ -70,10 +72,7 @@ class CrossBatchMemory(nn.Module):
         _checks.cross_batch_memory(type(self).__name__, embeddings, labels, self.memory)
         loss = self.loss(embeddings, labels)
         if self.filled:
-            # Copies: a later call overwrites the memory, perhaps before this one's backward.
-            memory = self.memory[: self.filled].to(embeddings.dtype, copy=True)
-            memory_labels = self.memory_labels[: self.filled].clone()
-            loss = loss + self.weight * self.loss(embeddings, labels, memory, memory_labels)
+            loss = loss + self.weight * self.loss(embeddings, labels, *self._rows(embeddings.dtype))
         if self.training:
             self._enqueue(embeddings.detach(), labels)
         return loss
@@ -92,6 +91,11 @@ class CrossBatchMemory(nn.Module):
 
     def extra_repr(self) -> str:
         return f"embedding_size={self.embedding_size}, memory_size={self.memory_size}, weight={self.weight!r}"
+
+    def _rows(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Copies of the rows [filled, D] and their labels: a later call overwrites them, perhaps before the
+        backward of this one."""
+        return self.memory[: self.filled].to(dtype, copy=True), self.memory_labels[: self.filled].clone()
 
     def _enqueue(self, embeddings: Tensor, labels: Tensor) -> None:
         kept = min(len(labels), self.memory_size)

@@ -147,7 +147,8 @@ DEEPSIM_INLINE Extremes<T> offset(const Extremes<T>& e, int64_t by) {
 template <class T>
 void mine(const MineBlock<T>& m) {
   constexpr int64_t NR = kPanelRows<T>;
-  walk_tiles(m.tiles, [&](T* tile, int64_t row, int64_t column, bool mixed, bool both) {
+  walk_tiles(m.tiles, [&](T* tile, int64_t row, int64_t column, bool mixed, bool mirrored) {
+    const bool both = mirrored || m.of_columns;
     const Extremes<T> row_best = offset(m.row_best, row - m.tiles.row_begin * NR);
     const Extremes<T> column_best = offset(m.column_best, column - m.tiles.column_begin * NR);
     if (mixed) {

@@ -1,0 +1,89 @@
+"""What every rank knows of all ranks' batches: their sizes and labels, and where the rows of each begin.
+
+The union of the batches has its rows in the order of the ranks: "global" indices number them so.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from .._checks.texts import short_name
+from ._agree import agree
+
+
+class Batches(NamedTuple):
+    """The batches of all ranks of a group, of more than one rank."""
+
+    group: ProcessGroup
+    rank: int
+    sizes: tuple[int, ...]  # rows, by rank
+    offsets: tuple[int, ...]  # global index of the first row, by rank; then the number of all rows
+    labels: Tensor  # int64 [N], of all rows
+    with_gradient: bool  # of the rows of any rank
+
+    @property
+    def world_size(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def offset(self) -> int:
+        return self.offsets[self.rank]
+
+    def rows(self, rank: int) -> slice:
+        return slice(self.offsets[rank], self.offsets[rank + 1])
+
+
+def exchange(
+    function: str, group: ProcessGroup, options: Any, check: Callable[[], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Batches]:
+    """Calls `check` for the embeddings [n, D] and labels [n] of this rank, and tells the others.
+
+    Raises on all ranks if `check` raises on one, and if D, dtype, kind of device or `options`, which are
+    compared by their repr, are not the same everywhere. Returns the embeddings, detached and their rows
+    adjacent in memory, and what is known of all.
+    """
+
+    def check_here() -> tuple[Any, str, tuple[int, bool]]:
+        embeddings, labels = check()
+        kind = f"{short_name(embeddings.dtype)} [n, {embeddings.shape[1]}] on {embeddings.device.type}"
+        own = len(labels), is_differentiated(embeddings)
+        return (embeddings, labels), f"{kind} for {function}{options!r}", own
+
+    (embeddings, labels), found = agree(function, group, "embeddings", check_here)
+    sizes, differentiated = zip(*found, strict=True)
+    offsets = (0, *itertools.accumulate(sizes))
+    batches = Batches(group, dist.get_rank(group), sizes, offsets, labels, any(differentiated))
+    return embeddings.detach().contiguous(), batches._replace(labels=gather_rows(labels, batches))
+
+
+def is_differentiated(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def gather_rows(x: Tensor, batches: Batches) -> Tensor:
+    """[N, ...] of all ranks' [n, ...], in global order."""
+    most = max(batches.sizes)
+    padded = x if len(x) == most else torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
+    gathered = x.new_empty(batches.world_size, most, *x.shape[1:])
+    dist.all_gather_into_tensor(as_bytes(gathered), as_bytes(padded), group=batches.group)
+    if len(set(batches.sizes)) == 1:
+        return gathered.flatten(0, 1)
+    return torch.cat([part[:size] for part, size in zip(gathered, batches.sizes, strict=True)])
+
+
+def add_up(x: Tensor, batches: Batches) -> Tensor:
+    """The sum of x over all ranks, the same bits on each."""
+    dist.all_reduce(x, group=batches.group)
+    return x
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    """x as a flat uint8 tensor, for those backends that move few dtypes. x is contiguous."""
+    return x.reshape(-1).view(torch.uint8)

@@ -1,0 +1,131 @@
+"""Losses over all ranks against one process with the union of the batches."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepsim_ext import nn
+from deepsim_ext.distributed import DistributedLoss
+
+from .ranks import run_ranks
+
+WORLD_SIZES = (1, 2, 3, 4)
+# Rows of each rank, of whom there may be fewer.
+SIZES = {"even": (24, 24, 24, 24), "uneven": (31, 7, 1, 18), "empty": (0, 40, 0, 9), "none": (0, 0, 0, 0)}
+
+
+class Case(NamedTuple):
+    loss: nn.embeddings.BatchLoss
+    data: str
+    sizes: str
+    dtype: torch.dtype
+
+
+def losses(distance: str) -> list[nn.embeddings.BatchLoss]:
+    stats = {"distance": distance, "return_stats": True}
+    return [
+        nn.BatchHardTripletLoss(margin=0.3, **stats),
+        nn.BatchHardTripletLoss(soft=True, reduction="sum", **stats),
+        nn.BatchHardTripletLoss(margin=0.1, reduction="mean_nonzero", **stats),
+        nn.BatchContrastiveLoss(pos_margin=0.2, neg_margin=4.0 if distance != "cosine" else 0.9, **stats),
+        nn.BatchContrastiveLoss(neg_margin=3.0, squared=True, reduction="mean", **stats),
+        nn.BatchContrastiveLoss(neg_margin=2.0, reduction="sum", **stats),
+    ]
+
+
+DISTANCES = ("euclidean", "sqeuclidean", "cosine")
+DATA = ("spread", "apart", "duplicates", "whole_numbers", "far", "zero_rows", "one_label", "singletons")
+CASES = [
+    *(Case(loss, "spread", "uneven", torch.float64) for d in DISTANCES for loss in losses(d)),
+    *(Case(loss, "spread", "even", torch.float32) for d in DISTANCES for loss in losses(d)),
+    *(Case(loss, data, "uneven", torch.float64) for data in DATA[1:] for loss in losses("euclidean")[::3]),
+    *(Case(loss, "zero_rows", "even", torch.float64) for loss in losses("cosine")[::3]),
+    *(Case(loss, "spread", sizes, torch.float64) for sizes in SIZES for loss in losses("euclidean")),
+    *(
+        Case(loss, "spread", "even", t)
+        for t in (torch.bfloat16, torch.float16)
+        for loss in losses("euclidean")
+    ),
+]
+
+
+def draw(data: str, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The union of the batches."""
+    random = torch.Generator().manual_seed(len(data) + rows)
+    x = torch.randn(rows, 6, generator=random, dtype=torch.float64)
+    labels = torch.randint(5, (rows,), generator=random)
+    if data == "apart":  # classes far from each other, most negatives not active
+        x += 5.0 * labels[:, None]
+    if data == "duplicates":
+        x = x[torch.randint(1 + rows // 3, (rows,), generator=random)]
+    if data == "whole_numbers":  # many equal distances
+        x = torch.randint(3, (rows, 6), generator=random).double()
+    if data == "far":
+        x += 1e6
+    if data == "zero_rows":
+        x[::5] = 0
+    if data == "one_label":
+        labels[:] = 3
+    if data == "singletons":
+        labels = torch.arange(rows) - 7
+    return x.to(dtype), labels
+
+
+def offsets(sizes: tuple[int, ...]) -> list[int]:
+    return [0, *itertools.accumulate(sizes)]
+
+
+def on_a_rank(rank: int, world_size: int, mode: str) -> list[tuple[Any, Tensor]]:
+    """(result, gradient of this rank's rows) of every case."""
+    results = []
+    for case in CASES:
+        ends = offsets(SIZES[case.sizes][:world_size])
+        x, labels = draw(case.data, ends[-1], case.dtype)
+        mine = slice(ends[rank], ends[rank + 1])
+        x = x[mine].clone().requires_grad_()
+        loss = DistributedLoss(case.loss, mode=mode, averaged_gradients=False)
+        result = loss(x, labels[mine])
+        result.loss.backward()
+        results.append((result._replace(loss=result.loss.detach()), x.grad))
+    return results
+
+
+@pytest.fixture(scope="module", params=list(itertools.product(WORLD_SIZES, ("ring", "gather"))), ids=str)
+def ranks(request: pytest.FixtureRequest) -> list[list[tuple[Any, Tensor]]]:
+    world_size, mode = request.param
+    return run_ranks(world_size, on_a_rank, world_size, mode)
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    """Of the loss and, but for rounding to the dtype, its gradient."""
+    return {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-6, "atol": 1e-6}
+
+
+@pytest.mark.parametrize(
+    "number", range(len(CASES)), ids=lambda k: "-".join(map(str, CASES[k][1:])) + f"-{k}"
+)
+def test_as_one_process(ranks: list[list[tuple[Any, Tensor]]], number: int) -> None:
+    found = [results[number] for results in ranks]
+    case = CASES[number]
+    ends = offsets(SIZES[case.sizes][: len(found)])
+    x, labels = draw(case.data, ends[-1], case.dtype)
+    x.requires_grad_()
+    expected = case.loss(x, labels)
+    expected.loss.backward()
+    for result, _ in found:
+        for name, value, right in zip(expected._fields, result, expected, strict=True):
+            assert value.dtype == right.dtype, name
+            torch.testing.assert_close(value, right.detach(), **tolerance(case.dtype), msg=name)
+            assert value.equal(getattr(found[0][0], name)), "not the same bits on all ranks"
+    grad = torch.cat([grad for _, grad in found])
+    assert grad.dtype == case.dtype
+    # Entries of a sum of many terms are right to the rounding of the sum's largest.
+    scale = float(x.grad.double().abs().amax().clamp(min=1)) if x.grad.numel() else 1.0
+    half = case.dtype.itemsize == 2  # rounded at the end, perhaps the other way
+    rounding = torch.finfo(case.dtype).eps * 2 if half else tolerance(case.dtype)["atol"]
+    torch.testing.assert_close(grad, x.grad, rtol=0, atol=rounding * scale)
