@@ -39,7 +39,7 @@ def batch_all_negatives(
     Returns:
         (sums, active, grad_embeddings, grad_ref_embeddings): float64 [4], how many triplets there are, how
         many with a loss > 0, and the sums of d_an over either; [P], for every positive how many of its
-        triplets have a loss > 0; [N, D] and [M, D], the gradients of minus the last of these sums, or no rows.
+        triplets have a loss > 0; [N, D] and [M, D], the gradients of minus the last sum, or no rows.
         All but `sums` are in the dtype of `positives`. NaN throughout for a NaN or inf in the rows, rows too
         long for their squares, or a positive that is NaN or beyond half of its dtype's largest number.
 

@@ -1,4 +1,4 @@
-"""Distances of all pairs of a label: the lists that losses over the batches of several processes begin with."""
+"""Distances of all pairs of a label: what losses over the batches of several processes begin with."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def semi_hard_negatives(
     center: Tensor | None = None,
     distance: str = "euclidean",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For anchors that bring the distances of their positives: which rows of a block are farther, and nearest.
+    """For anchors with the distances of their positives: which rows of a block are farther, and nearest.
 
     Source: Schroff, Kalenichenko, Philbin, "FaceNet" (2015), section 3.2. The positives may be of other
     blocks; the best over several blocks is the best over all. Memory is O(N + M + P) beyond copies of the

@@ -63,9 +63,24 @@ def lists_of_positives(
     return Lists(mine, others, begin, distances)
 
 
+def hardest_positives(
+    mine: Tensor, others: Tensor, distances: Tensor, limits: Tensor, *, nearest: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Every row's farthest (nearest) positive below its limit [n]: distance; global index, -1 for none."""
+    sign = -1 if nearest else 1
+    allowed = distances < limits[mine]
+    mine, others, value = mine[allowed], others[allowed], sign * distances[allowed]
+    best = torch.full_like(limits, -torch.inf).scatter_reduce(0, mine, value, "amax")
+    ties = value == best[mine]
+    index = torch.full_like(limits, _NOBODY, dtype=torch.int64)
+    index = index.scatter_reduce(0, mine[ties], others[ties], "amin")
+    return sign * best, torch.where(index == _NOBODY, -1, index)
+
+
 def farther_negatives(
+    anchors: Tensor,
+    anchor_labels: Tensor,
     x: Tensor,
-    labels: Tensor,
     batches: Batches,
     begin: Tensor,
     limits: Tensor,
@@ -73,11 +88,13 @@ def farther_negatives(
     center: Tensor,
     distance: str,
 ) -> Farther:
-    """The nearest of all negatives beyond each of the limits, and every row's farthest; lists as the op's."""
+    """For anchors among the rows x [n, D] of this rank: the nearest of all negatives beyond each of the
+    limits, and every anchor's farthest; lists as the op's."""
 
     def search(rank: int, rows: Tensor) -> tuple[Tensor, ...]:
         block = rows, batches.labels[batches.rows(rank)]
-        found = semi_hard_negatives(x, labels, *block, begin, limits, center=center, distance=distance)
+        own = anchors, anchor_labels
+        found = semi_hard_negatives(*own, *block, begin, limits, center=center, distance=distance)
         nearest, nearest_index, farthest, farthest_index = found
         indices = [
             torch.where(index < 0, _NOBODY, index.long() + batches.offsets[rank])

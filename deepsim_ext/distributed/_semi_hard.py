@@ -39,7 +39,7 @@ def ring_loss(
     center = common_center(x, batches, distance)
     lists = lists_of_positives(x, labels, batches, center=center, distance=distance)
     found = farther_negatives(
-        x, labels, batches, lists.begin, lists.distances, center=center, distance=distance
+        x, labels, x, batches, lists.begin, lists.distances, center=center, distance=distance
     )
     has_negative = found.farthest_index >= 0
     negatives = torch.where(found.nearest_index >= 0, found.nearest_index, found.farthest_index[lists.mine])

@@ -52,7 +52,7 @@ def stripes(
 
 
 def comparable(embeddings: Tensor, ref_embeddings: Tensor, distance: str) -> Tensor:
-    """bool scalar: no NaN or inf in the rows, and none too long for its square, unless that does not matter."""
+    """bool scalar: no NaN or inf in the rows, and none too long for its square where that matters."""
     finite = True
     for x in (embeddings, ref_embeddings):
         x = x.to(compute_dtype(x))

@@ -35,11 +35,31 @@ def losses(distance: str) -> list[nn.embeddings.BatchLoss]:
         nn.BatchContrastiveLoss(pos_margin=0.2, neg_margin=4.0 if distance != "cosine" else 0.9, **stats),
         nn.BatchContrastiveLoss(neg_margin=3.0, squared=True, reduction="mean", **stats),
         nn.BatchContrastiveLoss(neg_margin=2.0, reduction="sum", **stats),
+        nn.BatchSemiHardTripletLoss(margin=0.3, **stats),
+        nn.BatchSemiHardTripletLoss(margin=0.5, definition="tfa", reduction="sum", **stats),
+        nn.BatchSemiHardTripletLoss(margin=0.4, definition="pml", reduction="mean_nonzero", **stats),
+        nn.BatchAllTripletLoss(margin=0.3, **stats),
+        nn.BatchSemiHardTripletLoss(soft=True, reduction="mean_nonzero", **stats),
+        nn.BatchAllTripletLoss(margin=0.1, reduction="mean", **stats),
+        nn.BatchHardTripletLoss(positive="easy", negative="semihard", **stats),
+        nn.BatchAllTripletLoss(margin=0.2, reduction="sum", **stats),
+        nn.BatchHardTripletLoss(positive="semihard", negative="easy", **stats),
+        nn.BatchHardTripletLoss(positive="semihard", **stats),
     ]
 
 
 DISTANCES = ("euclidean", "sqeuclidean", "cosine")
-DATA = ("spread", "apart", "duplicates", "whole_numbers", "far", "zero_rows", "one_label", "singletons")
+DATA = (
+    "spread",
+    "apart",
+    "tight",
+    "duplicates",
+    "whole_numbers",
+    "far",
+    "zero_rows",
+    "one_label",
+    "singletons",
+)
 CASES = [
     *(Case(loss, "spread", "uneven", torch.float64) for d in DISTANCES for loss in losses(d)),
     *(Case(loss, "spread", "even", torch.float32) for d in DISTANCES for loss in losses(d)),
@@ -61,6 +81,9 @@ def draw(data: str, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     labels = torch.randint(5, (rows,), generator=random)
     if data == "apart":  # classes far from each other, most negatives not active
         x += 5.0 * labels[:, None]
+    if data == "tight":  # so near each other, for their length, that tiles lose the digits of their distances
+        x = 1e-3 * x
+        x[::2] += 1e3
     if data == "duplicates":
         x = x[torch.randint(1 + rows // 3, (rows,), generator=random)]
     if data == "whole_numbers":  # many equal distances
