@@ -62,13 +62,13 @@ def test_a_negative_that_equals_a_positive_is_not_farther(distance, dtype):
     begin = torch.arange(51) * 70
     nearest, index, *_ = semi_hard_negatives(x, zero, block, one, begin, d, center=center, distance=distance)
     d, nearest, index = (t.reshape(50, 70) for t in (d, nearest, index))
-    ascending, rows = d.sort(dim=1)
-    following = torch.cat([ascending[:, 1:], torch.full((50, 1), math.inf, dtype=d.dtype)], dim=1)
-    assert (ascending.diff(dim=1) > 0).all()
-    assert torch.equal(nearest.gather(1, rows), following)
-    position = order.argsort()[rows]
-    expected = torch.cat([position[:, 1:], torch.full((50, 1), -1)], dim=1)
-    assert torch.equal(index.gather(1, rows).long(), expected)
+    # Of all columns that are strictly farther the nearest, of these the first in the block; -1 for none.
+    in_block = d[:, order]
+    for distance_to, found, chosen in zip(d.T, nearest.T, index.T, strict=True):
+        farther = torch.where(in_block > distance_to[:, None], in_block, math.inf)
+        expected, first = farther.min(dim=1).values, farther.argmin(dim=1)
+        assert torch.equal(found, expected)
+        assert torch.equal(chosen.long(), torch.where(expected < math.inf, first, -1))
 
 
 @by_distance

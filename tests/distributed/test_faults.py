@@ -73,7 +73,9 @@ def miner_against_loss(rank: int) -> str:
 
 
 def test_different_calls_on_two_ranks() -> None:
-    assert len(set(run_ranks(2, miner_against_loss))) == 1
+    names, words = zip(*(text.split(": ", 1) for text in run_ranks(2, miner_against_loss)), strict=True)
+    assert names == ("DistributedLoss", "batch_hard_mine"), "each names the function that its rank called"
+    assert words[0] == words[1]
 
 
 def outlive(rank: int) -> float:
