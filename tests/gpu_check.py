@@ -2,11 +2,13 @@
 
 Needs an NVIDIA GPU, nvcc, g++, torch, numpy, ninja and setuptools; pytest and hypothesis may be carried as
 wheels in a folder `wheels/`. No network, no virtual environment. Every step has a time limit, its output in
-log.txt and a line in summary.txt, written after each step: a stop in the middle leaves what was done.
+log.txt and a line in summary.txt; a stop in the middle leaves what was done. Steps that measure no time run
+beside each other.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -14,7 +16,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -33,15 +37,20 @@ def toolkit(program: str) -> str:
     return shutil.which(program) or f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/{program}"
 
 
-def pytest(*arguments: str) -> list[str]:
+def pytest(processes: int, *arguments: str) -> list[str]:
     options = ["-v", "--maxfail=30", "--tb=short", "-p", "no:cacheprovider"]
+    if processes > 1 and importlib.util.find_spec("xdist"):
+        options += ["-n", str(processes)]
     return [PYTHON, "-m", "pytest", *options, *arguments]
 
 
-def steps(folder: Path, scratch: Path) -> list[tuple[str, list[str], int]]:
-    """Name, command and seconds allowed, in order of what is most worth knowing."""
+Step = tuple[str, list[str], int]  # name, command, seconds allowed
+
+
+def steps(folder: Path, scratch: Path) -> list[list[Step]]:
+    """Groups of steps, in order of what is most worth knowing; those of a group run at the same time."""
     wrappers, kernels = str(scratch / "check_wrappers"), str(scratch / "check_kernels")
-    nvcc, sanitizer = toolkit("nvcc"), toolkit("compute-sanitizer")
+    nvcc, sanitizer, ncu = toolkit("nvcc"), toolkit("compute-sanitizer"), toolkit("ncu")
     wheels = [str(w) for w in sorted((ROOT / "wheels").glob("*.whl"))]
     hopper = is_hopper()
     native = ["-gencode=arch=compute_90a,code=sm_90a", "-DDEEPSIM_SM_90A"] if hopper else ["-arch=native"]
@@ -50,37 +59,69 @@ def steps(folder: Path, scratch: Path) -> list[tuple[str, list[str], int]]:
     install += ["--target", str(scratch / "packages")]
     suite = ["tests/test_batch_hard.py", "tests/test_gram.py", "tests/test_style.py"]
     pairs = [f"tests/test_{name}.py" for name in ("nearest_neighbors", "all_pairs", "mining_strategies")]
-    result = [
-        ("gpu", ["nvidia-smi"], 20),
-        *([("wheels", [*install, *wheels], 60)] if wheels else []),
-        ("build", [PYTHON, "setup.py", "build_ext", "--inplace"], 200),
-        ("info", [PYTHON, "-m", "deepsim_ext", "info"], 60),
-        ("build wrappers", [nvcc, *check_flags, "tests/emulator/check_wrappers.cpp", "-o", wrappers], 60),
-        ("wrappers", [wrappers], 30),
-        ("build kernels", [nvcc, *check_flags, "tests/emulator/check_kernels.cpp", "-o", kernels], 90),
-        ("kernels", [kernels, "0", "3"], 60),
-        ("suite", pytest("--on-cuda", *suite, "-k", "not gradcheck"), 150),
-        ("suite, mma", pytest("--on-cuda", suite[0], "-k", "not gradcheck"), 60),
-        *([("suite, wgmma", pytest("--on-cuda", suite[0], "-k", "not gradcheck"), 60)] if hopper else []),
-        ("pairs", pytest("--on-cuda", *pairs, "-k", "not gradcheck"), 120),
-        ("gpu only", pytest("tests/test_cuda.py"), 90),
-        ("benchmark", [PYTHON, "-m", "benchmarks.gpu", str(folder), "--seconds", "150"], 220),
+    numbers = ["--on-cuda", "-k", "not gradcheck"]
+    counters = ("SpeedOfLight", "LaunchStats", "Occupancy", "WarpStateStats", "MemoryWorkloadAnalysis")
+    sections = [option for name in counters for option in ("--section", name)]
+    stages = [PYTHON, "-m", "benchmarks.gpu_stages", str(folder)]
+    return [
+        [("gpu", ["nvidia-smi"], 20)],
+        *([[("wheels", [*install, *wheels], 60)]] if wheels else []),
+        [
+            ("build", [PYTHON, "setup.py", "build_ext", "--inplace"], 250),
+            (
+                "build wrappers",
+                [nvcc, *check_flags, "tests/emulator/check_wrappers.cpp", "-o", wrappers],
+                100,
+            ),
+            ("build kernels", [nvcc, *check_flags, "tests/emulator/check_kernels.cpp", "-o", kernels], 150),
+        ],
+        [
+            ("info", [PYTHON, "-m", "deepsim_ext", "info"], 60),
+            ("wrappers", [wrappers], 30),
+            ("kernels", [kernels, "0", "3"], 60),
+        ],
+        [
+            ("suite", pytest(4, *numbers, *suite), 150),
+            ("suite, mma", pytest(3, *numbers, suite[0]), 150),
+            *([("suite, wgmma", pytest(3, *numbers, suite[0]), 150)] if hopper else []),
+            ("pairs", pytest(4, *numbers, *pairs), 150),
+            ("gpu only", pytest(1, "tests/test_cuda.py"), 150),
+        ],
+        [("stages", stages, 60)],
+        [("benchmark", [PYTHON, "-m", "benchmarks.gpu", str(folder), "--seconds", "120"], 160)],
+        [
+            (tool, [sanitizer, "--tool", tool, "--error-exitcode", "1", kernels, "0", "1", "float32"], 60)
+            for tool in ("memcheck", "racecheck", "synccheck")
+        ],
+        [
+            (
+                "counters",
+                [ncu, "--clock-control", "none", *sections, "-k", "regex:_kernel", *stages, "--once"],
+                60,
+            )
+        ],
     ]
-    result += [
-        (tool, [sanitizer, "--tool", tool, "--error-exitcode", "1", kernels, "0", "1", "float32"], 60)
-        for tool in ("memcheck", "racecheck", "synccheck")
-    ]
-    return result
 
 
-def run(name: str, command: list[str], limit: float, log: Path, scratch: Path) -> dict[str, object]:
+_writing = threading.Lock()
+
+
+def run(step: Step, deadline: float, log: Path, scratch: Path) -> dict[str, object]:
     """One step: what came of it, and its output at the end of the log."""
+    name, command, limit = step
+    start = time.monotonic()
+    if deadline - start < 5:
+        return {"step": name, "outcome": "not run: no time left", "seconds": 0, "last": ""}
+    limit = min(limit, deadline - start)
     path = os.pathsep.join([str(ROOT), str(scratch / "packages"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"DEEPSIM_CUDA": "1", "PYTHONPATH": path}
+    environment |= {
+        "OMP_NUM_THREADS": "2",
+        "OMP_WAIT_POLICY": "passive",
+    }  # of each of the processes beside each other
     if name.startswith("suite, "):
         environment["DEEPSIM_CUDA_MINING"] = name.removeprefix("suite, ")
-    start = time.monotonic()
-    output = scratch / "output"
+    output = scratch / f"{name}.output"
     with output.open("w") as out:
         try:
             # A group of its own: compilers and kernels that a step has started end with it.
@@ -103,7 +144,7 @@ def run(name: str, command: list[str], limit: float, log: Path, scratch: Path) -
                 process.wait()
                 outcome = f"STOPPED after {limit:.0f} s"
     text = output.read_text(errors="replace")
-    with log.open("a") as whole:
+    with _writing, log.open("a") as whole:
         whole.write(f"==== {name}: {outcome}\n{text}\n")
     lines = text.splitlines()
     seconds = round(time.monotonic() - start, 1)
@@ -124,12 +165,9 @@ def main() -> int:
     scratch = Path(tempfile.mkdtemp())
     log = folder / "log.txt"
     log.unlink(missing_ok=True)
-    for name, command, limit in steps(folder, scratch):
-        left = deadline - time.monotonic()
-        if left < 5:
-            results.append({"step": name, "outcome": "not run: no time left", "seconds": 0, "last": ""})
-            continue
-        results.append(run(name, command, min(limit, left), log, scratch))
+    for group in steps(folder, scratch):
+        with ThreadPoolExecutor(len(group)) as pool:
+            results += pool.map(lambda step: run(step, deadline, log, scratch), group)
         summary = "\n".join("{step:16} {outcome:28} {seconds:6} s  {last}".format(**r) for r in results)
         (folder / "summary.txt").write_text(summary + "\n")
         (folder / "summary.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from deepsim_ext import (
     batch_all_triplet_loss,
@@ -16,9 +17,11 @@ from deepsim_ext import (
     cached_backward,
     gram_matrix,
     nearest_neighbors,
+    nn,
     reference,
     style_loss,
 )
+from deepsim_ext.distributed import DistributedLoss
 
 from .samples import balanced_labels
 
@@ -228,3 +231,31 @@ def test_both_passes_of_chunks_draw_the_same_dropout():
     *got, _ = (p.grad for p in model.parameters())  # no distance changes with the last bias
     for gradient, other in zip(got, expected[:-1], strict=True):
         assert (gradient - other).norm() <= 0.02 * other.norm()
+
+
+@pytest.fixture
+def nccl(tmp_path):
+    torch.cuda.set_device(0)
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("exchanging", [False, True])
+@pytest.mark.parametrize("with_memory", [False, True])
+def test_distributed_loss_over_nccl(nccl, monkeypatch, exchanging, with_memory):
+    """Alone it is the loss itself; `exchanging`, all that several ranks say to each other goes over NCCL."""
+    if exchanging:
+        monkeypatch.setattr("deepsim_ext.distributed.loss.group_of", lambda function, group: nccl)
+
+    def make() -> torch.nn.Module:
+        loss = nn.BatchHardTripletLoss()
+        return nn.CrossBatchMemory(loss, 32, memory_size=128).cuda() if with_memory else loss
+
+    plain, distributed = make(), DistributedLoss(make(), mode="gather")
+    for _ in range(3):
+        x, labels = batch(100, 32)
+        expected, got = plain(x, labels), distributed(x, labels)
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+        (grad,), (exact,) = torch.autograd.grad(got, x), torch.autograd.grad(expected, x)
+        torch.testing.assert_close(grad, exact, rtol=1e-5, atol=1e-7)
