@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 from setuptools import setup
 
 try:
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, get_cxx_compiler
 except ImportError:
     sys.exit(
         "deepsim_ext builds against the torch that is installed, and none is. Install torch, then run\n"
@@ -52,6 +53,18 @@ def cuda_runtime(nvcc: str) -> str:
         for library in sorted(glob(f"{top[1]}/{folder}/libcudart_static.a")) if top else ():
             return library
     sys.exit(f"deepsim_ext: no libcudart_static.a beside {nvcc}; DEEPSIM_CUDA=0 builds without CUDA kernels")
+
+
+def shared_standard_library() -> list[str]:
+    """libstdc++.so.6 by name, where the linker finds it.
+
+    There are g++ that link a copy of their own into everything. Beside the one that torch brings, streams do
+    not work then: the words of an error are cut off, or the process crashes.
+    """
+    option = "-l:libstdc++.so.6"
+    probe = [*shlex.split(get_cxx_compiler()), "-shared", "-x", "c++", os.devnull, option, "-o", os.devnull]
+    found = sys.platform == "linux" and subprocess.run(probe, capture_output=True).returncode == 0
+    return [option] if found else []
 
 
 def architecture_flags() -> tuple[list[str], str]:
@@ -114,7 +127,7 @@ setup(
             "deepsim_ext._C",
             sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp") + (glob("csrc/cuda/*.cpp") if NVCC else [])),
             extra_compile_args=["-O3", "-fvisibility=hidden", "-Wno-psabi", *openmp],
-            extra_link_args=openmp,
+            extra_link_args=openmp + shared_standard_library(),
             define_macros=[("DEEPSIM_CUDA_ARCHITECTURES", f'"{ARCHITECTURE_NAMES}"')],
             extra_objects=[cuda_runtime(NVCC)] if NVCC else [],
             libraries=["rt", "dl", "pthread"] if NVCC else [],

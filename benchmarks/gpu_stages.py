@@ -2,7 +2,6 @@
 
 From the profiler's records of the device, in the order in which the kernels run, beside which
 results/gpu_expected.md says what each should take. Writes FOLDER/gpu_stages.md.
-`--once` runs every case once, without the profiler of torch, for another one.
 """
 
 from __future__ import annotations
@@ -107,19 +106,20 @@ def short(name: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_stages", description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--once", action="store_true", help="without torch's profiler, and no record")
     options = parser.parse_args()
     lines = [f"# {torch.cuda.get_device_name()}, torch {torch.__version__}: microseconds on the device", ""]
     lines += ["| case | sum | kernels |", "| --- | ---: | --- |"]
     for case, (precision, make) in cases().items():
         torch.backends.cuda.matmul.allow_tf32 = PRECISIONS[precision][1]
-        step = make()
-        if options.once:
-            step()
-            torch.cuda.synchronize()
-            continue
-        found = stages(step)
-        parts = ", ".join(f"{name} {microseconds:.1f}" for name, microseconds in found)
+        found = stages(make())
+        # What a kernel takes in all of its launches, in order of the first.
+        sums: dict[str, list[float]] = {}
+        for name, microseconds in found:
+            sums.setdefault(name, []).append(microseconds)
+        parts = ", ".join(
+            f"{len(each)} × {name} {sum(each):.1f}" if len(each) > 1 else f"{name} {each[0]:.1f}"
+            for name, each in sums.items()
+        )
         lines.append(f"| {case} | {sum(m for _, m in found):.0f} | {parts} |")
         print(lines[-1], flush=True)
         (options.folder / "gpu_stages.md").write_text("\n".join(lines) + "\n")

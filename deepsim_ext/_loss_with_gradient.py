@@ -51,6 +51,7 @@ def loss_with_gradient(op: str, counts: int, dense_loss: Callable[..., Tensor]) 
         *ctx.options, _ = inputs[4:]
         _, *others = output
         ctx.mark_non_differentiable(*others)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*others[-2:], *inputs[:4])
 
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:

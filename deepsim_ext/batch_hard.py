@@ -184,6 +184,7 @@ def _save_for_loss_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
     ctx.options, ctx.inputs = options[-4:], len(inputs)  # strategies, which come first, are for mining only
     _, d_ap, d_an, positives, negatives = output
     ctx.mark_non_differentiable(d_ap, d_an, positives, negatives)
+    ctx.set_materialize_grads(False)  # of what is not differentiable
     ctx.save_for_backward(embeddings, ref_embeddings, positives, negatives, d_ap, d_an)
 
 

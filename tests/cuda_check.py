@@ -44,7 +44,7 @@ int main() {
   std::printf("mine_mma_kernel %zu\\n", sizeof(MmaShared));
   std::printf("mine_wgmma_kernel %zu\\n", sizeof(WgmmaShared));
   std::printf("choose_again_kernel %zu\\n", sizeof(ChoosingShared));
-  std::printf("finish_kernel %zu\\n", sizeof(LossShared<double>));
+  std::printf("finish_kernel %zu\\n", sizeof(LossShared));
   std::printf("gradient_kernel %zu\\n", sizeof(GradientShared));
   std::printf("pair_distances_kernel %zu\\n", sizeof(DirectElements<double>));
   std::printf("batch_all_rows_kernel %zu\\n", sizeof(BatchAllShared<double>));

@@ -44,15 +44,21 @@ PAIR_LOSSES = {
 
 
 def step(
-    x: torch.Tensor, labels: torch.Tensor, loss: Callable[..., torch.Tensor] = batch_hard_triplet_loss
+    x: torch.Tensor,
+    labels: torch.Tensor,
+    loss: Callable[..., torch.Tensor] = batch_hard_triplet_loss,
+    scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss, and the gradient of it times `scale`."""
     value = loss(x, labels)
-    return value.detach(), torch.autograd.grad(value, x)[0]
+    return value.detach(), torch.autograd.grad(scale * value, x)[0]
 
 
-def style_step(f: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def style_step(
+    f: torch.Tensor, target: torch.Tensor, scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     loss = style_loss(f, target)
-    return loss.detach(), torch.autograd.grad(loss, f)[0]
+    return loss.detach(), torch.autograd.grad(scale * loss, f)[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -149,23 +155,28 @@ def test_memory(n, d, dtype, distance):
 @pytest.mark.parametrize("name", PAIR_LOSSES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_losses_of_all_pairs_of_large_batches(name, dtype):
-    """Against float64 by the same kernels, whose arithmetic alone differs. The same bits every time."""
-    loss = PAIR_LOSSES[name]
+    """Against float64 by the same kernels, whose arithmetic alone differs. The same bits every time.
+
+    Where strategies depend on which of two distances is larger, those that differ by rounding lead to other
+    choices: of 18,000 pairs some dozens, each with a part in three rows of the gradient.
+    """
+    loss, scale = PAIR_LOSSES[name], 2.0**12  # float16 cannot hold gradients of a mean over millions of pairs
     x, labels = batch(6000, 128, dtype)
-    step(x, labels, loss)
+    step(x, labels, loss, scale)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    value, grad = step(x, labels, loss)
+    value, grad = step(x, labels, loss, scale)
     torch.cuda.synchronize()
     assert torch.cuda.max_memory_allocated() - before <= 3 * x.numel() * 4 + 64 * 2**20
-    exact, exact_grad = step(x.detach().double().requires_grad_(), labels, loss)
+    exact, exact_grad = step(x.detach().double().requires_grad_(), labels, loss, scale)
     torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=0)
-    tolerance = (
-        0.02 if name in ("semi_hard", "mining_strategies") else 1e-4 if dtype is torch.float32 else 5e-3
-    )
-    assert (grad.double() - exact_grad).norm() <= tolerance * exact_grad.norm()
-    assert all(torch.equal(a, b) for a, b in zip(step(x, labels, loss), (value, grad), strict=True))
+    tolerance = 1e-4 if dtype is torch.float32 else 5e-3
+    chooses = name in ("semi_hard", "mining_strategies")
+    error = (grad.double() - exact_grad).norm(dim=1 if chooses else None)
+    right = error <= tolerance * exact_grad.norm(dim=1 if chooses else None)
+    assert right.double().mean() >= (0.93 if chooses else 1)
+    assert all(torch.equal(a, b) for a, b in zip(step(x, labels, loss, scale), (value, grad), strict=True))
 
 
 def test_neighbours_in_a_large_gallery():
@@ -200,15 +211,17 @@ def test_style_of_large_pictures_against_float64(dtype, memory_format):
         f = torch.randn(2, c, side, side, device="cuda").relu().to(dtype, memory_format=memory_format)
         f.requires_grad_()
         target = torch.zeros(c, c, device="cuda")
-        loss, grad = style_step(f, target)
         exact = f.detach().double().requires_grad_()
         expected = reference.style_loss(exact, target.double())
-        torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=0)
         (exact_grad,) = torch.autograd.grad(expected, exact)
+        scale = 1e-3 / exact_grad.abs().mean().item()  # which float16 can hold, as under a gradient scaler
+        exact_grad *= scale
+        loss, grad = style_step(f, target, scale)
+        torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=0)
         error = (grad.double() - exact_grad).norm() / exact_grad.norm()
         assert error < (1e-5 if dtype is torch.float32 else 5e-3)
         assert grad.is_contiguous(memory_format=memory_format)
-        assert all(torch.equal(a, b) for a, b in zip(style_step(f, target), (loss, grad), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(style_step(f, target, scale), (loss, grad), strict=True))
 
 
 def test_both_passes_of_chunks_draw_the_same_dropout():

@@ -25,8 +25,7 @@ void norms_of(const Rows& x, double* norms, Flags* flags, void* stream) {
 
 template <class S, class Choices>
 void finish(const Batch& batch, const Choices& choices, const Triplets& out, const LossOptions& options, void* stream) {
-  const int64_t blocks = std::max<int64_t>(1, blocks_for(batch.anchors.count, kRowWarps));
-  launch(finish_kernel<S, Choices>, blocks, kRowThreads, sizeof(LossShared<Compute<S>>), stream, batch, choices, out, options);
+  launch(finish_kernel<S, Choices>, loss_parts(batch.anchors.count), kRowThreads, sizeof(LossShared), stream, batch, choices, out, options);
 }
 
 // Calls f with a value of the storage's element type and of the operand that its rows become.
@@ -82,18 +81,17 @@ void mine_packed(const Batch& batch, const TileMining& mining, void* stream) {
   a.positive = mining.positive;
   a.negative = mining.negative;
   const int64_t down = blocks_for(a.row_tiles, kSquare), across = blocks_for(a.column_tiles, kSquare);
-  const int64_t tiles = (a.self_form ? down * (down + 1) / 2 : down * across) * kSquare * kSquare;
-  const auto run = [&](auto kernel, size_t shared_bytes) {
-    for (int64_t first = 0; first < tiles; first += kMostBlocks) {
-      launch(kernel, std::min(tiles - first, kMostBlocks), kTileThreads, shared_bytes, stream, a, first);
-    }
-  };
+  a.tiles = (a.self_form ? down * (down + 1) / 2 : down * across) * kSquare * kSquare;
   const auto run_kind = [&](auto deep) {
     constexpr bool kDeep = decltype(deep)::value;
     if (mining.by_wgmma) {
-      run(mine_wgmma_kernel<Operand, kDeep>, sizeof(WgmmaShared));
+      const int64_t blocks = std::min<int64_t>(a.tiles, multiprocessors() * kBlocksAtOnce<kDeep>);
+      launch(mine_wgmma_kernel<Operand, kDeep>, blocks, kTileThreads, sizeof(WgmmaShared), stream, a);
     } else {
-      run(mine_mma_kernel<Operand, kDeep>, sizeof(MmaShared));
+      for (int64_t first = 0; first < a.tiles; first += kMostBlocks) {
+        const int64_t blocks = std::min(a.tiles - first, kMostBlocks);
+        launch(mine_mma_kernel<Operand, kDeep>, blocks, kTileThreads, sizeof(MmaShared), stream, a, first);
+      }
     }
   };
   if constexpr (Operand::kSplit) {
@@ -147,6 +145,8 @@ void mine_tiles(const Batch& batch, const TileMining& mining, void* stream) {
   with_operand(batch.storage, mining.single_pass,
                [&](auto, auto operand) { mine_packed<decltype(operand)>(batch, mining, stream); });
 }
+
+int64_t loss_parts(int64_t anchors) { return std::max<int64_t>(1, blocks_for(anchors, kRowWarps)); }
 
 void finish_direct(const Batch& batch, const DirectFound& found, const Triplets& out, const LossOptions& options, void* stream) {
   dispatch(batch.storage, [&](auto s) {

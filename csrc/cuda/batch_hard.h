@@ -91,11 +91,20 @@ void mine_tiles(const Batch& batch, const TileMining& mining, void* stream);
 
 // ---- from choices to losses ----
 
+// The losses of the anchors of one block of the last kernel.
+struct LossPart {
+  double sum;
+  int64_t count;  // of those that a mean is over
+};
+
+int64_t loss_parts(int64_t anchors);
+
 // What the ops return. d_ap, d_an, loss in the type of the arithmetic; null where only the choice is asked for.
 struct Triplets {
   int32_t *positives, *negatives;  // [anchors], -1 where the anchor is not valid
   void *d_ap, *d_an;               // [anchors], exact distances of the chosen pairs, 0 where the anchor is not valid
   void* loss;                      // one number, or [anchors] where nothing is reduced
+  LossPart* parts;                 // room: [loss_parts(anchors)]; only where something is reduced
 };
 
 struct LossOptions {

@@ -3,6 +3,7 @@
 
 #include "../common/choose_again.h"
 #include "block.cuh"
+#include "key.cuh"
 #include "rows.cuh"
 
 namespace deepsim::cuda {
@@ -14,12 +15,6 @@ struct ChoosingShared {
   double value[kBlockWarps];
   int32_t index[kBlockWarps];
 };
-
-// What ordered_bits() in search_tile.cuh made a key's upper half of.
-__device__ __forceinline__ float value_of_key(unsigned long long key) {
-  const uint32_t bits = uint32_t(key >> 32);
-  return __uint_as_float(bits >> 31 ? bits & 0x7fffffffu : ~bits);
-}
 
 template <class S>
 __device__ __forceinline__ double distance_of(const Batch& batch, int64_t anchor, int64_t reference) {

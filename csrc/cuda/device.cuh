@@ -192,6 +192,9 @@ DEEPSIM_WGMMA(BFloat16, "bf16")
 
 // ---- any ----
 
+// No instruction: the compiler no longer knows where v comes from, and computes nothing of it before this.
+__device__ __forceinline__ void forget(int& v) { asm volatile("" : "+r"(v)); }
+
 // A value that other blocks may be raising at this moment; nothing is ordered by it.
 __device__ __forceinline__ unsigned long long load_relaxed(const unsigned long long* p) {
   unsigned long long v;
@@ -216,6 +219,13 @@ inline bool has_wgmma() {
 #else
   return false;
 #endif
+}
+
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
 }
 
 // Starts kernel(args...) on the stream.

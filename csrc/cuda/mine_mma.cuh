@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce<kDeep>) mine_mma_k
   }
   const int lane = lane_index(), warp = int(threadIdx.x) / kWarp;
   const Corner corner{warp / kWarpsAcross * kWarpRows + lane / 4, warp % kWarpsAcross * kWarpColumns + lane % 4 * 2};
-  search_tile(shared.description, kDeep ? sums : products, corner, a, tile);
+  search_tile(shared.description, kDeep ? sums : products, corner, a);
 }
 
 }  // namespace deepsim::cuda

@@ -14,6 +14,7 @@ using MinedLoss = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at:
 struct MinedTriplets {
   at::Tensor positives, negatives;  // int32 [anchors]
   at::Tensor loss, d_ap, d_an;      // in the type of the arithmetic; only where a loss is asked for
+  at::Tensor parts;                 // of a loss that is one number
   Triplets view = {};
 
   explicit MinedTriplets(const OwnedBatch& b)
@@ -29,6 +30,9 @@ struct MinedTriplets {
     view.d_ap = d_ap.mutable_data_ptr();
     view.d_an = d_an.mutable_data_ptr();
     view.loss = loss.mutable_data_ptr();
+    if (reduction == Reduction::none) return;
+    parts = at::empty({loss_parts(b.x.size(0)) * int64_t(sizeof(LossPart))}, b.x.options().dtype(at::kByte));
+    view.parts = reinterpret_cast<LossPart*>(parts.mutable_data_ptr<uint8_t>());
   }
 
   MinedLoss result() const { return {loss, d_ap, d_an, positives, negatives}; }

@@ -6,11 +6,12 @@
 // values only, or it is mixed. In the self form only tiles on and above the diagonal are computed, each for its rows and its
 // columns.
 //
-// The best of an anchor is kept in global memory as one 64-bit key that atomicMax raises: the float's bits in an order that
-// integers have, then the complement of the candidate's original index. The largest key is the best value and, among equals, the
-// lowest index, whatever the order in which tiles come. 0 is no candidate.
+// The best of an anchor is kept in global memory as one 64-bit key (key.cuh) that atomicMax raises. A tile reads what has been found
+// when it begins. Most tiles hold nothing better, for which a thread compares each of its values with what its row and its column
+// have; then nobody waits. Values that are better meet in shared memory first, and few go on to global memory from there.
 #pragma once
 
+#include "key.cuh"
 #include "pack.cuh"
 
 namespace deepsim::cuda {
@@ -28,13 +29,19 @@ constexpr int kBlocksAtOnce = kDeep ? 1 : 2;
 
 // What is known of the tile's rows, then of its columns.
 struct TileDescription {
-  float half_norm[2][kTileRows], scale[2][kTileRows];
+  int64_t first[2];  // packed position
+  float2 half_norm_and_scale[2][kTileRows];
   int32_t label_id[2][kTileRows], original[2][kTileRows];
+  // The largest value of a positive and the smallest of a negative: when the tile began, and by now, as the integers that floats
+  // without a sign are. Where none had been found, any value is larger, and smaller.
+  float farthest[2][kTileRows], nearest[2][kTileRows];
+  int32_t farthest_now[2][kTileRows], nearest_now[2][kTileRows];
 };
 
 struct TileArguments {
   PackedSet rows, columns;
   int64_t row_tiles, column_tiles;
+  int64_t tiles;  // with those of squares that reach over an edge
   int chunks;  // of a row of the operands
   bool self_form;
   unsigned long long *positive, *negative;
@@ -49,7 +56,7 @@ struct TileIndex {
 
 // Squares on and above the diagonal, column of squares by column of squares: square t is (row, column) with row <= column.
 __device__ __forceinline__ TileIndex triangle_index(int64_t t) {
-  int64_t column = int64_t((std::sqrt(8.0 * double(t) + 1.0) - 1.0) / 2);
+  int64_t column = int64_t((std::sqrt(8.0f * float(t) + 1.0f) - 1.0f) / 2);  // a column more or less
   while ((column + 1) * (column + 2) / 2 <= t) ++column;
   while (column * (column + 1) / 2 > t) --column;
   return {t - column * (column + 1) / 2, column};
@@ -67,10 +74,10 @@ __device__ __forceinline__ bool is_computed(const TileIndex& tile, const TileArg
   return tile.row < a.row_tiles && tile.column < a.column_tiles && (!a.self_form || tile.row <= tile.column);
 }
 
-// The key of a value: larger values have larger keys.
-__device__ __forceinline__ uint32_t ordered_bits(float v) {
-  const uint32_t bits = __float_as_uint(v);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
+// The first of tiles t, t + gridDim.x, t + 2 gridDim.x, ... that is computed; a.tiles or more if there is none.
+__device__ __forceinline__ int64_t next_tile(int64_t t, const TileArguments& a) {
+  while (t < a.tiles && !is_computed(tile_index(t, a), a)) t += gridDim.x;
+  return t;
 }
 
 // The products that a thread holds: fragments of 16 x 8 as mma leaves them, kDown x kAcross of them.
@@ -99,96 +106,111 @@ struct Corner {
   int row, column;
 };
 
-// What reduce() looks for along one row (or column) of the tile held by `kLanes` lanes: the largest of this thread's `value(k)`
-// over k < kCount, all lanes' best, and, where that equals or beats the key so far, the lowest index that has it.
-template <int kCount, int kFirstBit, int kLastBit, class Value, class Index>
-__device__ __forceinline__ void raise(unsigned long long* key, Value value, Index index, bool writes) {
-  float best = -infinity<float>();
-#pragma unroll
-  for (int k = 0; k < kCount; ++k) best = fmaxf(best, value(k));
-#pragma unroll
-  for (int bits = kFirstBit; bits <= kLastBit; bits *= 2) best = fmaxf(best, __shfl_xor_sync(kAllLanes, best, bits));
-  const bool improves = best > -infinity<float>() && ordered_bits(best) >= uint32_t(ptx::load_relaxed(key) >> 32);
-  if (!__any_sync(kAllLanes, improves)) return;  // nearly always, once the search is under way
-  uint32_t lowest = ~0u;
-#pragma unroll
-  for (int k = 0; k < kCount; ++k) {
-    const uint32_t i = index(k);
-    if (value(k) == best && i < lowest) lowest = i;
-  }
-#pragma unroll
-  for (int bits = kFirstBit; bits <= kLastBit; bits *= 2) {
-    const uint32_t other = __shfl_xor_sync(kAllLanes, lowest, bits);
-    if (other < lowest) lowest = other;
-  }
-  if (improves && writes) atomicMax(key, (unsigned long long)ordered_bits(best) << 32 | ~lowest);
+// Makes v the best of row (column) r of the tile if nobody there has a better one. Products of rows so near to each other that v has
+// no digit left may be below 0; which of them is first does not matter, as their anchors choose again (choose_again.cuh).
+template <bool kPositive>
+__device__ __forceinline__ void raise(TileDescription& tile, int side, int r, float v, int32_t index, unsigned long long* keys) {
+  v = fmaxf(v, 0.0f);
+  const int32_t bits = int32_t(__float_as_uint(v));
+  const bool best = kPositive ? bits >= atomicMax(&tile.farthest_now[side][r], bits) : bits <= atomicMin(&tile.nearest_now[side][r], bits);
+  if (best) atomicMax(keys + tile.first[side] + r, key_of(kPositive ? v : -v, uint32_t(index)));
 }
 
-// Looks for the largest (kPositive) or smallest values among the pairs that qualify, along the rows and, off the diagonal of the
-// self form, along the columns.
-template <bool kPositive, bool kMixed, class Values>
-__device__ __forceinline__ void reduce(const TileDescription& tile, Values& values, const Corner& corner, unsigned long long* row_keys,
-                                       unsigned long long* column_keys, bool diagonal) {
-  const int lane = lane_index();
-  const auto candidate = [&](int i, int j) {
-    const float v = kPositive ? values.at(i, j) : -values.at(i, j);
-    if (!kMixed) return v;
-    const int r = corner.row + Values::row(i), c = corner.column + Values::column(j);
-    const bool same = tile.label_id[0][r] == tile.label_id[1][c];
-    const bool qualifies = kPositive ? same && !(diagonal && r == c) : !same;
-    return qualifies ? v : -infinity<float>();
-  };
+// Values that a thread compares between two branches.
+constexpr int kRowsAtOnce = 2, kColumnsAtOnce = 2;
+
+// Looks for the largest (kPositive) or smallest values among the pairs that qualify, along the rows and, in the self form, along the
+// columns.
+template <bool kPositive, bool kMixed, class Products>
+__device__ __forceinline__ void search(TileDescription& tile, Products& products, const Corner& corner, unsigned long long* keys,
+                                       bool diagonal) {
+  const auto& known = tile.half_norm_and_scale;
+  const auto& found = kPositive ? tile.farthest : tile.nearest;
+  const auto better = [](float v, float than) { return kPositive ? v >= than : v <= than; };
 #pragma unroll
-  for (int i = 0; i < Values::kRows; ++i) {
-    __syncwarp();  // keeps the compiler from interleaving rows, which would cost registers
-    raise<Values::kColumns, 1, 2>(
-        row_keys + Values::row(i), [&](int j) { return candidate(i, j); },
-        [&](int j) { return uint32_t(tile.original[1][corner.column + Values::column(j)]); }, lane % 4 == 0);
-  }
-  if (column_keys == nullptr) return;
+  for (int first_row = 0; first_row < Products::kRows; first_row += kRowsAtOnce) {
+    float2 row[kRowsAtOnce];
+    float of_row[kRowsAtOnce];
 #pragma unroll
-  for (int j = 0; j < Values::kColumns; ++j) {
-    __syncwarp();
-    raise<Values::kRows, 4, 16>(
-        column_keys + Values::column(j), [&](int i) { return candidate(i, j); },
-        [&](int i) { return uint32_t(tile.original[0][corner.row + Values::row(i)]); }, lane < 4);
+    for (int i = 0; i < kRowsAtOnce; ++i) {
+      const int r = corner.row + Products::row(first_row + i);
+      row[i] = known[0][r];
+      of_row[i] = found[0][r];
+    }
+#pragma unroll
+    for (int first_column = 0; first_column < Products::kColumns; first_column += kColumnsAtOnce) {
+      __syncwarp();  // keeps the compiler from interleaving groups, which would cost registers
+      float v[kRowsAtOnce][kColumnsAtOnce], of_column[kColumnsAtOnce];
+      bool any = false;
+#pragma unroll
+      for (int j = 0; j < kColumnsAtOnce; ++j) {
+        const int c = corner.column + Products::column(first_column + j);
+        const float2 column = known[1][c];
+        of_column[j] = found[1][c];
+#pragma unroll
+        for (int i = 0; i < kRowsAtOnce; ++i) {
+          v[i][j] = (row[i].x + column.x) - products.at(first_row + i, first_column + j) * (row[i].y * column.y);
+          any |= better(v[i][j], of_row[i]) || better(v[i][j], of_column[j]);
+        }
+      }
+      if (!any) continue;
+#pragma unroll
+      for (int j = 0; j < kColumnsAtOnce; ++j) {
+        const int c = corner.column + Products::column(first_column + j);
+#pragma unroll
+        for (int i = 0; i < kRowsAtOnce; ++i) {
+          const int r = corner.row + Products::row(first_row + i);
+          if (kMixed) {
+            const bool same = tile.label_id[0][r] == tile.label_id[1][c];
+            if (same != kPositive || (kPositive && diagonal && r == c)) continue;
+          }
+          if (better(v[i][j], of_row[i])) raise<kPositive>(tile, 0, r, v[i][j], tile.original[1][c], keys);
+          if (better(v[i][j], of_column[j])) raise<kPositive>(tile, 1, c, v[i][j], tile.original[0][r], keys);
+        }
+      }
+    }
   }
 }
 
 __device__ __forceinline__ void load_description(TileDescription& out, const TileArguments& a, const TileIndex& tile) {
-  const int side = int(threadIdx.x) / int(kTileRows), r = int(threadIdx.x) % int(kTileRows);
+  int thread = int(threadIdx.x);
+  ptx::forget(thread);  // see search_tile
+  const int side = thread / int(kTileRows), r = thread % int(kTileRows);
   const PackedSet& set = side == 0 ? a.rows : a.columns;
-  const int64_t position = (side == 0 ? tile.row : tile.column) * kTileRows + r;
-  out.half_norm[side][r] = set.half_norm[position];
-  out.scale[side][r] = set.scale[position];
+  const int64_t first = (side == 0 ? tile.row : tile.column) * kTileRows, position = first + r;
+  float farthest = -largest_float(), nearest = largest_float();
+  if (side == 0 || a.self_form) {
+    const unsigned long long positive = ptx::load_relaxed(a.positive + position), negative = ptx::load_relaxed(a.negative + position);
+    if (positive != 0) farthest = value_of_key(positive);
+    if (negative != 0) nearest = -value_of_key(negative);
+  } else {  // columns that are not anchors look for nobody: no value compares with these
+    farthest = nearest = not_a_number<float>();
+  }
+  if (r == 0) out.first[side] = first;
+  out.half_norm_and_scale[side][r] = {set.half_norm[position], set.scale[position]};
   out.label_id[side][r] = set.label_id[position];
   out.original[side][r] = set.original[position];
+  out.farthest[side][r] = farthest;
+  out.nearest[side][r] = nearest;
+  out.farthest_now[side][r] = int32_t(__float_as_uint(farthest));
+  out.nearest_now[side][r] = int32_t(__float_as_uint(nearest));
 }
 
-// Turns products into values and looks through them.
+// Makes values of products and looks through them.
 template <class Products>
-__device__ __forceinline__ void search_tile(const TileDescription& tile, Products& products, const Corner& corner,
-                                            const TileArguments& a, const TileIndex& index) {
-#pragma unroll
-  for (int i = 0; i < Products::kRows; ++i) {
-#pragma unroll
-    for (int j = 0; j < Products::kColumns; ++j) {
-      const int r = corner.row + Products::row(i), c = corner.column + Products::column(j);
-      float& v = products.at(i, j);
-      v = (tile.half_norm[0][r] + tile.half_norm[1][c]) - v * (tile.scale[0][r] * tile.scale[1][c]);
-    }
-  }
+__device__ __forceinline__ void search_tile(TileDescription& tile, Products& products, Corner corner, const TileArguments& a) {
+  // Where each value's row and column stand in shared memory would otherwise be computed before the loop over tiles, and fill the
+  // registers that products need.
+  ptx::forget(corner.row);
+  ptx::forget(corner.column);
   const int last = int(kTileRows) - 1;
   const bool mixed = tile.label_id[0][0] <= tile.label_id[1][last] && tile.label_id[1][0] <= tile.label_id[0][last];
-  const bool diagonal = a.self_form && index.row == index.column;  // its rows tell all there is
-  const bool both = a.self_form && !diagonal;
-  const int64_t row = index.row * kTileRows + corner.row, column = index.column * kTileRows + corner.column;
-  unsigned long long *row_negative = a.negative + row, *column_negative = both ? a.negative + column : nullptr;
+  const bool diagonal = a.self_form && tile.first[0] == tile.first[1];
   if (mixed) {
-    reduce<true, true>(tile, products, corner, a.positive + row, both ? a.positive + column : nullptr, diagonal);
-    reduce<false, true>(tile, products, corner, row_negative, column_negative, diagonal);
+    search<true, true>(tile, products, corner, a.positive, diagonal);
+    search<false, true>(tile, products, corner, a.negative, diagonal);
   } else {
-    reduce<false, false>(tile, products, corner, row_negative, column_negative, false);
+    search<false, false>(tile, products, corner, a.negative, diagonal);
   }
 }
 

@@ -1,6 +1,7 @@
 // From chosen rows to losses: exact distances of the chosen pairs, the reduced loss, and the gradient gathered row by row.
 #pragma once
 
+#include "key.cuh"
 #include "mine_direct.cuh"
 #include "rows.cuh"
 
@@ -8,6 +9,10 @@ namespace deepsim::cuda {
 
 constexpr int kRowThreads = 256;
 constexpr int kRowWarps = kRowThreads / kWarp;
+
+// Blocks on a multiprocessor at least. A warp follows indices from one load to the next: only other warps hide its waiting.
+template <class S>
+constexpr int kFinishBlocks = sizeof(Compute<S>) == 4 ? 3 : 2;
 
 // ---- what mining found ----
 
@@ -32,27 +37,20 @@ struct DirectChoices {
   }
 };
 
-// By packed position, as keys (see search_tile.cuh).
+// By packed position, as keys.
 struct TileChoices {
   const unsigned long long *positives, *negatives;
   const int32_t* original;
 
   __device__ __forceinline__ int64_t anchor(int64_t p) const { return original[p]; }
-  __device__ __forceinline__ int32_t positive(int64_t p) const { return index_of(positives[p]); }
-  __device__ __forceinline__ int32_t negative(int64_t p) const { return index_of(negatives[p]); }
-
- private:
-  __device__ __forceinline__ static int32_t index_of(unsigned long long key) {
-    return key == 0 ? kNobody : int32_t(~uint32_t(key));
-  }
+  __device__ __forceinline__ int32_t positive(int64_t p) const { return index_of_key(positives[p]); }
+  __device__ __forceinline__ int32_t negative(int64_t p) const { return index_of_key(negatives[p]); }
 };
 
 // ---- loss ----
 
-template <class T>
 struct LossShared {
-  double sum[kRowThreads];
-  int64_t count[kRowThreads];
+  LossPart part[kRowThreads];
   bool last;
 };
 
@@ -62,14 +60,16 @@ __device__ __forceinline__ T anchor_loss(const TripletLoss<T>& loss, int32_t pos
   return positive >= 0 || d_ap != d_ap ? loss.value(d_ap, d_an) : T(0);
 }
 
-// One warp per anchor. The block that is last to finish adds up the losses, in an order that depends on their number only.
+// One warp per anchor. Each block adds up its losses, and the block that is last to finish the sums of all, in an order that depends
+// on their number only.
 template <class S, class Choices>
-__global__ void __launch_bounds__(kRowThreads, 2) finish_kernel(Batch batch, Choices choices, Triplets out, LossOptions options) {
+__global__ void __launch_bounds__(kRowThreads, kFinishBlocks<S>) finish_kernel(Batch batch, Choices choices, Triplets out, LossOptions options) {
   using T = Compute<S>;
   const int64_t p = warp_index(), n = batch.anchors.count;
   const TripletLoss<T> loss{T(options.margin), options.soft};
   T *d_ap = static_cast<T*>(out.d_ap), *d_an = static_cast<T*>(out.d_an);
   const bool finite = batch.flags->not_finite == 0;
+  LossPart part = {0, 0};
   if (p < n) {
     const int64_t a = choices.anchor(p);
     int32_t positive = finite ? choices.positive(p) : kNobody, negative = finite ? choices.negative(p) : kNobody;
@@ -91,40 +91,48 @@ __global__ void __launch_bounds__(kRowThreads, 2) finish_kernel(Batch batch, Cho
       if (d_ap) {
         d_ap[a] = ap;
         d_an[a] = an;
-        if (options.reduction == Reduction::none) static_cast<T*>(out.loss)[a] = anchor_loss(loss, valid ? positive : -1, ap, an);
+        const T l = anchor_loss(loss, valid ? positive : -1, ap, an);
+        if (options.reduction == Reduction::none) static_cast<T*>(out.loss)[a] = l;
+        part = {double(l), valid && (options.reduction == Reduction::mean || l > 0)};
       }
     }
   }
   if (!out.loss || options.reduction == Reduction::none) return;
 
-  auto& shared = shared_memory<LossShared<T>>();
-  __threadfence();  // what this block wrote is seen by whoever sees its ticket
+  auto& shared = shared_memory<LossShared>();
+  if (lane_index() == 0) shared.part[threadIdx.x / kWarp] = part;
   __syncthreads();
-  if (threadIdx.x == 0) shared.last = atomicAdd(&batch.flags->finished, 1u) == gridDim.x - 1;
+  if (threadIdx.x == 0) {
+    for (int w = 1; w < kRowWarps; ++w) {
+      part.sum += shared.part[w].sum;
+      part.count += shared.part[w].count;
+    }
+    out.parts[blockIdx.x] = part;
+    __threadfence();  // is seen by whoever sees the ticket
+    shared.last = atomicAdd(&batch.flags->finished, 1u) == gridDim.x - 1;
+  }
   __syncthreads();
   if (!shared.last) return;
   __threadfence();
-  double sum = 0;
-  int64_t count = 0;
-  for (int64_t a = threadIdx.x; a < n; a += kRowThreads) {
-    const int32_t positive = out.positives[a];
-    const T l = anchor_loss(loss, positive, d_ap[a], d_an[a]);
-    sum += double(l);
-    count += positive >= 0 && (options.reduction == Reduction::mean || l > 0);
+  part = {0, 0};
+#pragma unroll 4  // loads that wait for nothing
+  for (int64_t k = threadIdx.x; k < gridDim.x; k += kRowThreads) {
+    part.sum += out.parts[k].sum;
+    part.count += out.parts[k].count;
   }
-  shared.sum[threadIdx.x] = sum;
-  shared.count[threadIdx.x] = count;
+  shared.part[threadIdx.x] = part;
   for (int half = kRowThreads / 2; half > 0; half /= 2) {
     __syncthreads();
     if (int(threadIdx.x) < half) {
-      shared.sum[threadIdx.x] += shared.sum[threadIdx.x + half];
-      shared.count[threadIdx.x] += shared.count[threadIdx.x + half];
+      shared.part[threadIdx.x].sum += shared.part[threadIdx.x + half].sum;
+      shared.part[threadIdx.x].count += shared.part[threadIdx.x + half].count;
     }
   }
   if (threadIdx.x != 0) return;
-  const int64_t divisor = options.reduction == Reduction::sum || shared.count[0] == 0 ? 1 : shared.count[0];
+  const auto [sum, count] = shared.part[0];
+  const int64_t divisor = options.reduction == Reduction::sum || count == 0 ? 1 : count;
   // Also where there is no anchor at all: then the references alone may be not finite.
-  *static_cast<T*>(out.loss) = finite ? T(shared.sum[0] / double(divisor)) : not_a_number<T>();
+  *static_cast<T*>(out.loss) = finite ? T(sum / double(divisor)) : not_a_number<T>();
 }
 
 // ---- gradient ----
@@ -241,7 +249,7 @@ struct RowGradient {
     const int64_t n = g.batch.anchors.count;
     for (int64_t u = begin; u < end; u += step) {
       const int64_t entry = g.choice_order[u];
-      add_use(j, entry % n, entry >= n);
+      add_use(j, entry < n ? entry : entry - n, entry >= n);
     }
   }
 };

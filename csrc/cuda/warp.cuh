@@ -19,6 +19,8 @@ __device__ __forceinline__ T infinity() {
   return T(__builtin_huge_val());
 }
 
+__device__ __forceinline__ float largest_float() { return 3.402823466e38f; }
+
 template <class T>
 __device__ __forceinline__ T not_a_number() {
   return T(__builtin_nan(""));

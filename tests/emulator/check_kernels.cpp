@@ -126,7 +126,8 @@ void check_batch_hard(const std::string& name, int64_t n, int64_t m, int64_t dep
   Batch batch = batch_of(anchors, references, self_form, Distance::sqeuclidean, flags);
   Buffer<int32_t> positives(n), negatives(n);
   Buffer<T> d_ap(n), d_an(n), loss(1);
-  const Triplets out{positives, negatives, d_ap, d_an, loss};
+  Buffer<LossPart> parts(loss_parts(n));
+  const Triplets out{positives, negatives, d_ap, d_an, loss, parts};
   const LossOptions options{0.2, false, Reduction::mean};
   if (how != Mining::direct) {
     const int64_t row_bytes = operand_row_bytes(batch.storage, depth, false);

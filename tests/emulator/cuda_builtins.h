@@ -14,6 +14,10 @@
 #define __ballot_sync(mask, predicate) ::emulator::ballot(__LINE__, mask, predicate)
 #define __any_sync(mask, predicate) (::emulator::ballot(__LINE__, mask, predicate) != 0)
 
+struct float2 {
+  float x, y;
+};
+
 namespace emulator {
 
 inline Dim3 thread_index() { return {unsigned(block()->running->index), 0, 0}; }

@@ -24,6 +24,7 @@ inline double rounded_product(double a, double b) { return a * b; }
 
 constexpr bool kHasWgmma = true;
 inline bool has_wgmma() { return true; }
+inline int multiprocessors() { return 1; }
 
 namespace ptx {
 
@@ -237,6 +238,7 @@ void wgmma_wait(float (&)[kFragments][4], int line = __builtin_LINE()) {
   });
 }
 
+inline void forget(int&) {}
 inline unsigned long long load_relaxed(const unsigned long long* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
 
 }  // namespace ptx
