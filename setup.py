@@ -62,9 +62,11 @@ def shared_standard_library() -> list[str]:
     not work then: the words of an error are cut off, or the process crashes.
     """
     option = "-l:libstdc++.so.6"
-    probe = [*shlex.split(get_cxx_compiler()), "-shared", "-x", "c++", os.devnull, option, "-o", os.devnull]
-    found = sys.platform == "linux" and subprocess.run(probe, capture_output=True).returncode == 0
-    return [option] if found else []
+    compiler = shlex.split(get_cxx_compiler())
+    if sys.platform != "linux" or not shutil.which(compiler[0]):
+        return []
+    probe = [*compiler, "-shared", "-x", "c++", os.devnull, option, "-o", os.devnull]
+    return [option] if subprocess.run(probe, capture_output=True).returncode == 0 else []
 
 
 def architecture_flags() -> tuple[list[str], str]:

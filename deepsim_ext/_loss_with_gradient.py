@@ -54,7 +54,9 @@ def loss_with_gradient(op: str, counts: int, dense_loss: Callable[..., Tensor]) 
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*others[-2:], *inputs[:4])
 
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad_loss is None:
+            return (None,) * (len(ctx.options) + 5)
         *unit, embeddings, labels, ref_embeddings, ref_labels = ctx.saved_tensors
         grad, grad_ref = scale(grad_loss, *unit, embeddings, labels, ref_embeddings, ref_labels, *ctx.options)
         grad_ref = None if ref_embeddings is None else grad_ref

@@ -188,7 +188,9 @@ def _save_for_loss_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
     ctx.save_for_backward(embeddings, ref_embeddings, positives, negatives, d_ap, d_an)
 
 
-def _loss_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
+def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad_loss is None:
+        return (None,) * ctx.inputs
     saved = ctx.saved_tensors
     grad, grad_ref = _triplet_loss_gradient(grad_loss, *saved, *ctx.options)
     return grad, None, None if saved[1] is None else grad_ref, *(None,) * (ctx.inputs - 3)
