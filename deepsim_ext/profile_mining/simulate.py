@@ -31,8 +31,10 @@ from ..distributed.cost_model import MACHINES, Machine, Problem, flops, predict,
 LOCAL = "local"
 MOST_LOCAL_RANKS = 8
 ROWS = 2048  # of each rank that figures are measured with
+MESSAGE = 2**23  # bytes that the links' rate is measured with
 PER_CLASS = 4
 RUNS = 7
+CALLS = 8  # in a row, so that beginning together takes next to none of the time
 
 
 class Prediction(NamedTuple):
@@ -65,15 +67,16 @@ def _enter(rank: int, ranks: int, folder: str, function: Callable[..., Any], arg
     dist.destroy_process_group()
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    """The median of runs, from when all ranks begin until all are through."""
+def _seconds(call: Callable[[], object], calls: int = 1) -> float:
+    """Of a call, the median of runs, from when all ranks begin until all are through."""
     times = []
     for _ in range(RUNS + 1):  # the first one warms up
         dist.barrier()
         start = time.perf_counter()
-        call()
+        for _ in range(calls):
+            call()
         dist.barrier()
-        times.append(time.perf_counter() - start)
+        times.append((time.perf_counter() - start) / calls)
     return statistics.median(times[1:])
 
 
@@ -90,25 +93,19 @@ def _figures(dim: int, dtype: torch.dtype) -> tuple[float, float, float, float]:
     """rate, bandwidth, latency and chosen_rate of a `Machine`."""
     x, labels = _draw(ROWS * dist.get_world_size(), dim, dtype)
     x, batches = exchange("simulate", dist.group.WORLD, "", lambda: (x, labels))
-    barrier = _seconds(lambda: None)
     center = torch.zeros(dim, dtype=torch.float64)
     ref = x.clone()
     extremes = torch.ops.deepsim_ext.batch_hard_extremes
-    tiles = _seconds(lambda: extremes(x, labels, ref, labels, center, "euclidean")) - barrier
-    latency = _seconds(lambda: _pass_on(x[:1, :1], batches)) - barrier
-    block = _seconds(lambda: _pass_on(x, batches)) - barrier - latency
-    pairs = _seconds(lambda: _measure_and_pull(x, batches)) - barrier
-    itemsize = x.element_size()
-    return (
-        2 * ROWS**2 * dim / tiles,
-        ROWS * dim * itemsize / block,
-        latency,
-        2 * ROWS * dim / pairs,
-    )
+    tiles = _seconds(lambda: extremes(x, labels, ref, labels, center, "euclidean"), CALLS)
+    latency = _seconds(lambda: _pass_on(torch.empty(1), batches), CALLS)
+    message = torch.empty(MESSAGE, dtype=torch.uint8)
+    transfer = _seconds(lambda: _pass_on(message, batches), CALLS)
+    pairs = _seconds(lambda: _measure_and_pull(x, batches), CALLS)
+    return 2 * ROWS**2 * dim / tiles, MESSAGE / transfer, latency, 2 * ROWS * dim / pairs
 
 
-def _pass_on(x: torch.Tensor, batches: Batches) -> None:
-    _wait(_exchange(batches, x.contiguous(), batches.rank + 1, torch.empty_like(x), batches.rank - 1))
+def _pass_on(message: torch.Tensor, batches: Batches) -> None:
+    _wait(_exchange(batches, message, batches.rank + 1, torch.empty_like(message), batches.rank - 1))
 
 
 def _measure_and_pull(x: torch.Tensor, batches: Batches) -> None:
