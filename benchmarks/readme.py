@@ -10,7 +10,15 @@ import math
 from pathlib import Path
 from typing import Any
 
-from . import bench_all_pairs, bench_gallery, bench_style, bench_stylize, bench_verification, hardness
+from . import (
+    bench_all_pairs,
+    bench_distributed,
+    bench_gallery,
+    bench_style,
+    bench_stylize,
+    bench_verification,
+    hardness,
+)
 from .report import Record, table
 
 ROOT = Path(__file__).parent.parent
@@ -129,6 +137,23 @@ def gallery_section(result: dict[str, Any]) -> str:
     )
 
 
+def distributed_section(result: dict[str, Any]) -> str:
+    """Times of the ring and of gathering beside one process."""
+    ways = [bench_distributed.ALONE, *map(bench_distributed.contender, bench_distributed.MODES)]
+    times = {(r["case"], r["contender"]): r["p50_ms"] for r in result["records"] if "p50_ms" in r}
+    blocks = {(r["case"], r["contender"]): r["blocks"] for r in result["records"] if "blocks" in r}
+    rows = []
+    for n in bench_distributed.SIZES:
+        case = bench_distributed.case_name(n)
+        held = blocks[case, bench_distributed.contender("ring")]
+        rows.append([f"{n:,}", *(f"{times[case, way]:.1f}" for way in ways), f"{held:.1f}"])
+    header = ["N in all", *(f"{way}, ms" for way in ways), "ring, peak of a rank in blocks of its rows"]
+    return (
+        f"Batch-hard, forward + backward, D={bench_distributed.D}, one thread a process, over gloo on one"
+        f" machine ({_where(result)}):\n\n{table(header, rows)}"
+    )
+
+
 def _table(records: list[Record], op: str, cases: list[str], rivals: list[str]) -> list[str]:
     header = ["", "ms", "mm", *(f"× faster than {rival}" for rival in rivals), "MiB", "MiB, torch eager"]
     lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
@@ -191,6 +216,7 @@ SECTIONS = {
     "all pairs": (all_pairs_section, RESULTS / "cpu-all_pairs.json"),
     "verification": (verification_section, RESULTS / "cpu-verification.json"),
     "gallery": (gallery_section, RESULTS / "cpu-gallery.json"),
+    "distributed": (distributed_section, RESULTS / "cpu-distributed.json"),
     "hardness": (hardness_section, hardness.RESULT),
 }
 

@@ -22,6 +22,8 @@ COLOURS = {
     "pytorch-metric-learning": "#ccb974",
     "sentence-transformers": "#55a868",
     "faiss IndexFlatL2": "#55a868",
+    "2 ranks, ring": "#c44e52",
+    "2 ranks, gather": "#4c72b0",
 }
 
 EXPLANATION = """\
@@ -81,13 +83,13 @@ def _time_rows(records: list[Record]) -> list[list[str]]:
             if "skipped" in phases:
                 rows.append([case, name, phases["skipped"]["skipped"], *["–"] * 9])
                 continue
-            full = phases.get("both", phases["forward"])
+            full = phases.get("both") or phases["forward"]
             errors = f"{_number(full.get('value_error'), 2)}, {_number(full.get('gradient_error'), 2)}"
             rows.append(
                 [
                     case,
                     name,
-                    _milliseconds(phases["forward"]),
+                    _milliseconds(phases.get("forward")),
                     _milliseconds(phases.get("backward")),
                     _milliseconds(phases.get("both")),
                     f"{_number(full['p20_ms'])}–{_number(full['p80_ms'])}",

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from . import (
     bench_all_pairs,
     bench_batch_hard,
+    bench_distributed,
     bench_gallery,
     bench_style,
     bench_stylize,
@@ -35,6 +36,7 @@ BENCHES = {
         bench_stylize,
         bench_verification,
         bench_gallery,
+        bench_distributed,
     )
 }
 

@@ -1,4 +1,4 @@
-// What losses over all pairs of a batch share on the CPU: the lists of positives, the walk over squares, the gradient's last step.
+// What losses over all pairs of a batch share on the CPU: the walk over squares, and the gradient's last step.
 #pragma once
 
 #include <ATen/Functions.h>
@@ -7,68 +7,10 @@
 
 #include "../common/triplet_loss.h"
 #include "packed_pairs.h"
+#include "positive_lists.h"
 #include "rounds.h"
 
 namespace deepsim::cpu {
-
-// The rows' positives as kernels.h describes them: in the order of the columns, or sorted.
-template <class T>
-struct PositiveLists {
-  std::vector<int64_t> begin;  // [panels + 1]
-  std::vector<T> distance;
-  std::vector<T> count;  // by packed row, filled up to whole panels
-  int64_t panel_rows;
-
-  int64_t width(int64_t panel) const { return (begin[panel + 1] - begin[panel]) / panel_rows; }
-  // Of row p's s-th element.
-  int64_t at(int64_t p, int64_t s) const { return begin[p / panel_rows] + s * panel_rows + p % panel_rows; }
-};
-
-template <class T>
-PositiveLists<T> positive_lists(const Kernels<T>& kernels, const PackedPairs<T>& pairs, Distance distance) {
-  const Stage stage("positives");
-  const int64_t width = pairs.panel_rows, panels = pairs.rows.panels;
-  PositiveLists<T> lists{std::vector<int64_t>(panels + 1), {}, std::vector<T>(panels * width), width};
-  for (int64_t i = 0; i < panels; ++i) {
-    int64_t longest = 0;
-    for (int64_t p = i * width; p < std::min((i + 1) * width, pairs.rows.count); ++p) {
-      lists.count[p] = T(pairs.positive_count(p));
-      longest = std::max(longest, pairs.positive_count(p));
-    }
-    lists.begin[i + 1] = lists.begin[i] + longest * width;
-  }
-  lists.distance.assign(lists.begin[panels], -std::numeric_limits<T>::infinity());
-  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-    kernels.positive_distances(pairs.tiles(begin, end, 0, 0), distance, lists.begin.data(), lists.distance.data());
-  });
-  return lists;
-}
-
-// The column of row p's s-th positive, in the order of the columns.
-template <class T>
-int64_t positive_column(const PackedPairs<T>& pairs, int64_t p, int64_t s) {
-  const int64_t column = pairs.positives.begin[p] + s;
-  return column + (pairs.symmetric && column >= p);
-}
-
-// Sorts every list, the farthest positive first; returns where each element was.
-template <class T>
-std::vector<int32_t> sort_descending(const PackedPairs<T>& pairs, PositiveLists<T>& lists) {
-  std::vector<int32_t> slot(lists.distance.size());
-  at::parallel_for(0, pairs.rows.count, 64, [&](int64_t begin, int64_t end) {
-    std::vector<std::pair<T, int32_t>> row;
-    for (int64_t p = begin; p < end; ++p) {
-      row.clear();
-      for (int64_t s = 0; s < pairs.positive_count(p); ++s) row.emplace_back(-lists.distance[lists.at(p, s)], int32_t(s));
-      std::sort(row.begin(), row.end());
-      for (int64_t s = 0; s < int64_t(row.size()); ++s) {
-        lists.distance[lists.at(p, s)] = -row[s].first;
-        slot[lists.at(p, s)] = row[s].second;
-      }
-    }
-  });
-  return slot;
-}
 
 // Blocks that the panels of one side are cut into, as even as can be.
 struct Blocks {

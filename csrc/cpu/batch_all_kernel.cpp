@@ -6,34 +6,11 @@
 
 #include "../batch_hard.h"
 #include "../common/sum_reduction.h"
-#include "all_pairs.h"
+#include "active_negatives.h"
 #include "capability.h"
 
 namespace deepsim::cpu {
 namespace {
-
-// Adds up `active` where it was noted at the ends of runs, and puts lists and counts back into the order of the columns.
-template <class T>
-void restore_order(const PackedPairs<T>& pairs, const std::vector<int32_t>& slot, PositiveLists<T>& lists, std::vector<T>& active) {
-  at::parallel_for(0, pairs.rows.count, 64, [&](int64_t begin, int64_t end) {
-    std::vector<T> distance, count;
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t n = pairs.positive_count(p);
-      if (lists.width(p / lists.panel_rows) > kScannedPositives)
-        for (int64_t s = n - 2; s >= 0; --s) active[lists.at(p, s)] += active[lists.at(p, s + 1)];
-      distance.resize(n);
-      count.resize(n);
-      for (int64_t s = 0; s < n; ++s) {
-        distance[slot[lists.at(p, s)]] = lists.distance[lists.at(p, s)];
-        count[slot[lists.at(p, s)]] = active[lists.at(p, s)];
-      }
-      for (int64_t s = 0; s < n; ++s) {
-        lists.distance[lists.at(p, s)] = distance[s];
-        active[lists.at(p, s)] = count[s];
-      }
-    }
-  });
-}
 
 template <class T>
 LossWithGradient loss_forward(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& labels, const OptionalTensor& ref,
@@ -48,26 +25,11 @@ LossWithGradient loss_forward(const Kernels<T>& kernels, const at::Tensor& x, co
   if (!pairs.finite) return not_finite<T>(x, ref, {valid_anchors, semi_hard ? 0 : triplets, 0}, with_gradient);
 
   PositiveLists<T> lists = positive_lists(kernels, pairs, distance);
-  std::vector<int32_t> slot = sort_descending(pairs, lists);
-  std::vector<T> active(lists.distance.size());
-  const GatheredGradient<T> gathered = with_gradient ? GatheredGradient<T>(pairs) : GatheredGradient<T>();
-  const SortedPositives<T> positives{lists.begin.data(), lists.distance.data(), active.data(), lists.count.data()};
-  BatchAllSums sums;
-  for (const BatchAllSums& s : over_squares<BatchAllSums>(pairs, [&](const TileBlock<T>& tiles, BatchAllSums& sum) {
-         kernels.batch_all({tiles, positives, positives, comparable_margin<T>(margin), semi_hard, distance, gathered.row_data(),
-                            gathered.column_data()},
-                           sum);
-       })) {
-    sums.active += s.active;
-    sums.triplets += s.triplets;
-    sums.active_d_an += s.active_d_an;
-    sums.d_an += s.d_an;
-  }
-
+  const ActiveNegatives<T> negatives = active_negatives(kernels, pairs, lists, margin, semi_hard, distance, with_gradient);
+  const BatchAllSums& sums = negatives.sums;
+  const std::vector<T>& active = negatives.active;
   if (!std::isfinite(sums.active_d_an)) return not_finite<T>(x, ref, {valid_anchors, 0, 0}, with_gradient);  // it did not fit into T
 
-  restore_order(pairs, slot, lists, active);
-  slot = {};
   // Counts of pairs are exact; those of tiles have gone through T.
   double limits = 0, d_ap = 0, active_triplets = 0;
   for (int64_t p = 0; p < pairs.rows.count; ++p) {
@@ -88,10 +50,10 @@ LossWithGradient loss_forward(const Kernels<T>& kernels, const at::Tensor& x, co
                             {ratio(d_ap, triplets), ratio(sums.d_an, triplets)});
   if (!with_gradient) return result;
   const auto weight = [&](int64_t p, int64_t s) { return T(scale) * active[lists.at(p, s)]; };
-  result.grad = finish_gradient(kernels, x, pairs.rows, ref ? *ref : x, pairs.columns(), gathered.row_data(), T(scale),
+  result.grad = finish_gradient(kernels, x, pairs.rows, ref ? *ref : x, pairs.columns(), negatives.gathered.row_data(), T(scale),
                                 pairs_of_rows(pairs, lists, weight), distance);
   if (ref) {
-    result.grad_ref = finish_gradient(kernels, *ref, pairs.references, x, pairs.rows, gathered.column_data(), T(scale),
+    result.grad_ref = finish_gradient(kernels, *ref, pairs.references, x, pairs.rows, negatives.gathered.column_data(), T(scale),
                                       pairs_of_columns(pairs, lists, weight), distance);
   }
   return result;

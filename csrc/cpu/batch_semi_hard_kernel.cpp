@@ -9,6 +9,7 @@
 #include "../common/triplet_loss.h"
 #include "all_pairs.h"
 #include "capability.h"
+#include "farther_negatives.h"
 
 namespace deepsim::cpu {
 namespace {
@@ -23,29 +24,18 @@ struct Triplets {
 template <class T>
 Triplets mine(const Kernels<T>& kernels, const PackedPairs<T>& pairs, Distance distance) {
   PositiveLists<T> lists = positive_lists(kernels, pairs, distance);
-  const std::vector<int32_t> slot = sort_descending(pairs, lists);
-  const size_t rows = lists.count.size();
-  std::vector<T> nearest(lists.distance.size(), std::numeric_limits<T>::max()), farthest(rows, T(-1));
-  std::vector<int32_t> nearest_index(lists.distance.size(), kNobody), farthest_index(rows, kNobody);
-  const SemiHardLists<T> view{lists.begin.data(),   lists.distance.data(), nearest.data(),
-                              nearest_index.data(), farthest.data(),       farthest_index.data()};
-  over_squares(pairs, [&](const TileBlock<T>& tiles) { kernels.semi_hard({tiles, view, view, distance}); });
+  const std::vector<int32_t> slot = sort_descending(lists);
+  const FartherNegatives<T> negatives = farther_negatives(kernels, pairs, lists, distance);
 
   Triplets triplets;
   for (int64_t p = 0; p < pairs.rows.count; ++p) {
     if (pairs.negative_count(p) == 0) continue;
-    T best = std::numeric_limits<T>::max();
-    int32_t best_index = kNobody;
     for (int64_t s = 0; s < pairs.positive_count(p); ++s) {
       const int64_t at = lists.at(p, s);
-      if (nearest[at] < best || (nearest[at] == best && nearest_index[at] < best_index)) {
-        best = nearest[at];
-        best_index = nearest_index[at];
-      }
-      TORCH_INTERNAL_ASSERT(best_index != kNobody || farthest_index[p] != kNobody);
+      TORCH_INTERNAL_ASSERT(negatives.has_nearest(at) || negatives.has_farthest(p));
       triplets.anchor.push_back(pairs.rows.original[p]);
       triplets.positive.push_back(pairs.columns().original[positive_column(pairs, p, slot[at])]);
-      triplets.negative.push_back(best_index == kNobody ? farthest_index[p] : best_index);
+      triplets.negative.push_back(negatives.has_nearest(at) ? negatives.nearest_index[at] : negatives.farthest_index[p]);
     }
   }
   return triplets;

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ._batches import Batches
 from ._center import common_center
-from ._result import RankResult
+from ._lists import farther_negatives, hardest_positives
+from ._pairs import Pairs
+from ._positives import positive_pairs
+from ._result import Mined, RankResult
 from ._ring import Meeting, go_round
+from ._strategies import mine_by_strategy
 from ._triplets import loss_of_triplets
 
 _ops = torch.ops.deepsim_ext
+# As csrc/common/choose_again.h has it: a choice whose |a - b|^2 / 2 is less than this much of |a|^2 / 2.
+LOST_DIGITS = 1 / 512
 _NOBODY = torch.iinfo(torch.int64).max  # an index that every other is below
-
-
-class Mined(NamedTuple):
-    """Of every row of this rank."""
-
-    positives: Tensor  # int64 [n], global index of the hardest; -1 where the anchor lacks either
-    negatives: Tensor
-    finite: Tensor  # bool: no NaN or inf here, nor in what was met, nor rows too long for their squares
 
 
 class _Best:
@@ -40,8 +38,16 @@ class _Best:
         self.index[:, mine] = torch.where(better, index, best_index)
 
 
-def mine(x: Tensor, labels: Tensor, batches: Batches, *, distance: str) -> Mined:
+def mine(
+    x: Tensor, labels: Tensor, batches: Batches, *, positive: str, negative: str, distance: str
+) -> Mined:
     """The same choice for any number of ranks, the lowest global index on ties."""
+    if positive == negative == "hard":
+        return _mine_hardest(x, labels, batches, distance=distance)
+    return mine_by_strategy(x, labels, batches, positive=positive, negative=negative, distance=distance)
+
+
+def _mine_hardest(x: Tensor, labels: Tensor, batches: Batches, *, distance: str) -> Mined:
     center = common_center(x, batches, distance)
 
     def as_larger_is_better(half_squares: Tensor, indices: Tensor, offset: int) -> tuple[Tensor, Tensor]:
@@ -68,9 +74,41 @@ def mine(x: Tensor, labels: Tensor, batches: Batches, *, distance: str) -> Mined
         best.improve(mine, *found)
 
     go_round(x, batches, visit, expect, collect, once=True)
+    _choose_again(best, half_norms, x, labels, batches, center, distance)
     valid = (best.index != _NOBODY).all(dim=0)
     positives, negatives = torch.where(valid, best.index, -1)
     return Mined(positives, negatives, ~best.value.isnan().any())
+
+
+def _choose_again(
+    best: _Best,
+    half_norms: Tensor,
+    x: Tensor,
+    labels: Tensor,
+    batches: Batches,
+    center: Tensor,
+    distance: str,
+) -> None:
+    """By differences, for anchors whose choice has lost its digits in the tiles' subtraction."""
+    half_squares = torch.stack([best.value[0], -best.value[1]])
+    lost = (half_squares < half_norms * LOST_DIGITS) & (best.index != _NOBODY)
+    anywhere = lost.any(dim=1).long()
+    dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=batches.group)
+    positives_are, negatives_are = anywhere.tolist()
+    if positives_are:
+        mine, others = positive_pairs(batches)
+        concerned = lost[0][mine]
+        mine, others = mine[concerned], others[concerned]
+        d = Pairs(x, mine, others, batches).distances(distance)
+        everyone = torch.full_like(half_norms, torch.inf)
+        best.index[0] = torch.where(lost[0], hardest_positives(mine, others, d, everyone)[1], best.index[0])
+    if negatives_are:
+        rows = torch.nonzero(lost[1]).squeeze(1)
+        one_each = torch.arange(len(rows) + 1, device=x.device)
+        nearest = half_norms.new_full((len(rows),), -1.0)  # of all
+        anchors = x[rows], labels[rows]
+        found = farther_negatives(*anchors, x, batches, one_each, nearest, center=center, distance=distance)
+        best.index[1, rows] = found.nearest_index
 
 
 def ring_loss(
@@ -86,7 +124,7 @@ def ring_loss(
     reduction: str,
     with_gradient: bool,
 ) -> RankResult:
-    mined = mine(x, labels, batches, distance=distance)
+    mined = mine(x, labels, batches, positive=positive, negative=negative, distance=distance)
     anchors = torch.nonzero(mined.positives >= 0).squeeze(1)
     return loss_of_triplets(
         x,

@@ -17,6 +17,14 @@ class RankResult(NamedTuple):
     grad: Tensor | None  # [n, D], of the loss with respect to this rank's rows; None if not wanted
 
 
+class Mined(NamedTuple):
+    """One positive and one negative of every row of this rank."""
+
+    positives: Tensor  # int64 [n], global indices; -1 where the anchor lacks either
+    negatives: Tensor
+    finite: Tensor  # bool: no NaN or inf here, nor in what was met, nor rows too long for their squares
+
+
 class WithGradient(torch.autograd.Function):
     """The loss, whose gradient is known: backward only scales it, and no rank waits for another."""
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from .. import _checks
+from .. import _checks, functional
 from .._checks.texts import describe, error
-from ..nn.embeddings import BatchContrastiveLoss, BatchHardTripletLoss, BatchLoss
+from ..nn.embeddings import BatchLoss
 from ..nn.memory import CrossBatchMemory
 from ..results import ContrastiveResult, TripletLossResult
-from . import _batch_hard, _contrastive
+from . import _batch_all, _batch_hard, _contrastive, _semi_hard
 from ._agree import group_of
 from ._batches import Batches, exchange, is_differentiated
 from ._gather import gathered_loss
@@ -25,16 +26,13 @@ MODES = ("auto", "ring", "gather")
 # compute everything everywhere. Measured on two processes of one machine.
 MOST_GATHERED_ROWS = 2048
 
-_ring_losses: dict[type[BatchLoss], Callable[..., RankResult]] = {
-    BatchContrastiveLoss: _contrastive.ring_loss,
-    BatchHardTripletLoss: _batch_hard.ring_loss,
+# By the function that a loss is a module of.
+_ring_losses: dict[Callable[..., Any], Callable[..., RankResult]] = {
+    functional.batch_all_triplet_loss: _batch_all.ring_loss,
+    functional.batch_contrastive_loss: _contrastive.ring_loss,
+    functional.batch_hard_triplet_loss: _batch_hard.ring_loss,
+    functional.batch_semi_hard_triplet_loss: _semi_hard.ring_loss,
 }
-
-
-def _goes_round(loss: BatchLoss) -> bool:
-    """Whether there is a ring for it."""
-    strategies = {loss.options.get("positive", "hard"), loss.options.get("negative", "hard")}
-    return type(loss) in _ring_losses and strategies == {"hard"}
 
 
 class DistributedLoss(nn.Module):
@@ -55,12 +53,12 @@ class DistributedLoss(nn.Module):
 
         ring    Blocks of rows go round the ranks, each two of which meet once, while tiles are worked on.
                 What is chosen is then fetched row by row. Memory is O(n D), with at most two blocks of others
-                in flight, and 8 bytes for each of all rows' labels; for the contrastive loss also O(n K) for
-                K rows of a label. Arithmetic is shared out evenly. Batch-hard chooses the same for any
-                number of ranks: equal distances go to the lowest index in the union.
-                For `BatchHardTripletLoss` with the hardest of both and `BatchContrastiveLoss`, on the CPU.
+                in flight, and 8 bytes for each of all rows' labels; for losses of all positives, and other
+                strategies than the hardest, also O(n K) for K rows of a label. Arithmetic is shared out
+                evenly. Batch-hard chooses the same for any number of ranks: equal distances go to the lowest
+                index in the union. On the CPU.
         gather  Every rank gets all rows and computes the whole. Memory is O(N D), arithmetic is that of one
-                process, and there is one exchange only: for small batches, and for every loss and device.
+                process, and there is one exchange only: for small batches, and for every device.
 
     A `CrossBatchMemory` of a batch loss becomes one that all ranks fill together: the union of the batches
     goes into it, every rank has the whole of it, and holds its own rows against it.
@@ -71,8 +69,8 @@ class DistributedLoss(nn.Module):
         loss: a batch loss of `deepsim_ext.nn`; any reduction but "none". Or a `CrossBatchMemory`, with the
             same contents on every rank.
         process_group: None for the default group.
-        mode: "ring", "gather", or "auto" for one of them: the ring from 2,049 rows in all, where there is
-            one.
+        mode: "ring", "gather", or "auto" for one of them: the ring on the CPU from 2,049 rows in
+            all.
         averaged_gradients: whether gradients are multiplied by the number of ranks, as above.
 
     Raises:
@@ -98,9 +96,6 @@ class DistributedLoss(nn.Module):
         if isinstance(loss, BatchLoss) and loss.options["reduction"] == "none":
             raise error(ValueError, name, "loss", expected, repr(loss))
         _checks.choice(name, "mode", mode, MODES)
-        of_batch = loss.loss if isinstance(loss, CrossBatchMemory) else loss
-        if mode == "ring" and not _goes_round(of_batch):
-            raise error(ValueError, name, "mode", f'"auto" or "gather" for {of_batch!r}', '"ring"')
         _checks.flag(name, "averaged_gradients", averaged_gradients)
         group_of(name, process_group)
         self.loss, self.process_group = loss, process_group
@@ -142,12 +137,14 @@ class DistributedLoss(nn.Module):
         return f"mode={self.mode!r}, averaged_gradients={self.averaged_gradients}"
 
     def _of_all(self, loss: BatchLoss, x: Tensor, labels: Tensor, batches: Batches) -> RankResult:
-        gathered = self.mode == "gather"
-        if self.mode == "auto":
-            few = batches.offsets[-1] <= MOST_GATHERED_ROWS
-            gathered = few or not _goes_round(loss) or x.device.type != "cpu"
-        if gathered:
+        if is_gathered(self.mode, x, batches):
             return gathered_loss(loss, x, batches, with_gradient=batches.with_gradient)
         options = {name: value for name, value in loss.options.items() if name != "return_stats"}
-        ring_loss = _ring_losses[type(loss)]
+        ring_loss = _ring_losses[loss.function]
         return ring_loss(x, labels, batches, **options, with_gradient=batches.with_gradient)
+
+
+def is_gathered(mode: str, x: Tensor, batches: Batches) -> bool:
+    """Whether the rows of all ranks go to every rank. `batch_hard_extremes` has no kernel for CUDA yet."""
+    few = batches.offsets[-1] <= MOST_GATHERED_ROWS
+    return (few or x.device.type != "cpu") if mode == "auto" else mode == "gather"

@@ -1,6 +1,7 @@
 """`python -m deepsim_ext profile-mining`: how fast triplets are mined here, stage by stage.
 
-Needs the extra `deepsim-ext[profile]`; its packages are imported only when the command runs.
+Needs the extra `deepsim-ext[profile]`; its packages are imported only when the command runs. With
+`--simulate` it says what batch-hard over many ranks costs, and needs none.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
+import math
 import sys
 from pathlib import Path
 
@@ -16,12 +18,20 @@ PACKAGES = {"matplotlib": "matplotlib", "tqdm": "tqdm"}
 LOSSES = ("batch_hard", "batch_hard_soft", "semi_hard", "batch_all", "mine", "torch_eager")
 DISTANCES = ("euclidean", "sqeuclidean", "cosine")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+ROWS, SIMULATED_ROWS = [1024, 4096, 16384], [2**20]
+MACHINES = ("h200-infiniband", "h200-nvlink", "local")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options to a parser."""
     grid = parser.add_argument_group("what is measured: every combination of these")
-    grid.add_argument("--rows", type=_positive, nargs="+", default=[1024, 4096, 16384], metavar="N")
+    grid.add_argument(
+        "--rows",
+        type=_positive,
+        nargs="+",
+        metavar="N",
+        help=f"default: {' '.join(map(str, ROWS))}, or {SIMULATED_ROWS[0]} with --simulate",
+    )
     grid.add_argument("--dims", type=_positive, nargs="+", default=[128, 512], metavar="D")
     grid.add_argument(
         "--per-class", type=_positive, nargs="+", default=[4], metavar="K", help="rows of each class"
@@ -41,6 +51,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("your own data instead of random embeddings")
     data.add_argument("--embeddings", type=Path, metavar="FILE.npy", help="[N, D], floating point")
     data.add_argument("--labels", type=Path, metavar="FILE.npy", help="[N], integers")
+    ranks = parser.add_argument_group("what batch-hard over many ranks costs, instead: mode ring, by a model")
+    ranks.add_argument("--simulate", action="store_true", help="predict, for --rows, --dims and --dtypes")
+    ranks.add_argument("--ranks", type=_positive, nargs="+", metavar="R")
+    ranks.add_argument(
+        "--machine",
+        choices=MACHINES,
+        help="what a rank is (default: h200-infiniband); local is a process on this machine, whose figures"
+        " are measured, and so is the time of 2 to 8 ranks",
+    )
+    ranks.add_argument(
+        "--bandwidth", type=_above_zero, metavar="GB/s", help="out of a rank, in place of the machine's"
+    )
+    ranks.add_argument("--latency", type=_above_zero, metavar="US", help="of a small message, microseconds")
+    ranks.add_argument("--rate", type=_above_zero, metavar="TFLOP/s", help="of a rank's tiles")
     parser.add_argument("--margin", type=float, default=0.2)
     parser.add_argument("--seconds", type=float, default=1.0, help="of timed runs for each (default: 1)")
     parser.add_argument(
@@ -53,6 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Profiles; exit code 0, 1 for a failed case, unusable input or a missing package, 130 after Ctrl-C."""
+    try:
+        _check_simulation(args)
+        if args.simulate:
+            return _simulate(args)
+    except ValueError as error:
+        print(f"profile-mining: {error}", file=sys.stderr)
+        return 1
     missing = [name for module, name in PACKAGES.items() if importlib.util.find_spec(module) is None]
     if missing:
         names = ", ".join(missing)
@@ -68,6 +99,35 @@ def run(args: argparse.Namespace) -> int:
         return 130
 
 
+def _check_simulation(args: argparse.Namespace) -> None:
+    """ValueError for options of which one leaves the other without a meaning."""
+    if args.simulate and args.ranks is None:
+        raise ValueError("--simulate needs --ranks")
+    options = {
+        True: {
+            "embeddings": None,
+            "labels": None,
+            "trace": False,
+            "losses": ["batch_hard"],
+            "devices": ["cpu"],
+        },
+        False: dict.fromkeys(("ranks", "machine", "bandwidth", "latency", "rate")),
+    }[args.simulate]
+    for name, default in options.items():
+        if getattr(args, name) != default:
+            raise ValueError(f"--{name} does not go {'with' if args.simulate else 'without'} --simulate")
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    from . import simulate
+
+    units = {"bandwidth": 1e9, "latency": 1e-6, "rate": 1e12}
+    overrides = {name: getattr(args, name) * unit for name, unit in units.items() if getattr(args, name)}
+    rows, machine = args.rows or SIMULATED_ROWS, args.machine or "h200-infiniband"
+    print(simulate.report(simulate.simulate(rows, args.dims, args.dtypes, args.ranks, machine, overrides)))
+    return 0
+
+
 def _run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
@@ -78,7 +138,7 @@ def _run(args: argparse.Namespace) -> int:
         measure.check_device(device)
     options = itertools.product(args.devices, args.losses, args.distances, args.dtypes)
     if own is None:
-        sizes = list(itertools.product(args.dims, args.rows, args.per_class))
+        sizes = list(itertools.product(args.dims, args.rows or ROWS, args.per_class))
     else:
         sizes = [(own.embeddings.shape[1], own.embeddings.shape[0], 0)]
     cases = [measure.Case(*o, *s) for o in options for s in sizes]
@@ -107,6 +167,13 @@ def _run(args: argparse.Namespace) -> int:
     print(report.table(records))
     print(f"\nwritten to {args.output.resolve()}: {', '.join(sorted(p.name for p in args.output.iterdir()))}")
     return int(any("failed" in record for record in records))
+
+
+def _above_zero(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number > 0, got {text}")
+    return value
 
 
 def _positive(text: str) -> int:

@@ -10,6 +10,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -38,28 +39,34 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
         for process in processes:
             process.start()
         try:
-            return _collect(world_size, results, time.monotonic() + timeout)
+            return _collect(processes, results, time.monotonic() + timeout)
         finally:
             for process in processes:
                 process.kill()
                 process.join()
 
 
-def _collect(world_size: int, results: Any, deadline: float) -> list[Any]:
+def _collect(processes: list[Any], results: Any, deadline: float) -> list[Any]:
     found: dict[int, Any] = {}
     problems: dict[int, str] = {}
-    while len(found) + len(problems) < world_size:
-        try:
-            rank, problem, result = results.get(timeout=max(0.0, deadline - time.monotonic()))
+    while len(found) + len(problems) < len(processes):
+        silent = set(range(len(processes))) - set(found) - set(problems)
+        dead = {
+            r: f"ended with exit code {code}" for r in silent if (code := processes[r].exitcode) is not None
+        }
+        try:  # what those that are dead said before comes first
+            rank, problem, result = results.get(timeout=0.2)
         except queue.Empty:
-            silent = sorted(set(range(world_size)) - set(found) - set(problems))
-            raise TimeoutError(f"ranks {silent} have not finished; others said {problems}") from None
+            problems |= dead
+            if time.monotonic() > deadline and not dead:
+                raise TimeoutError(f"ranks {sorted(silent)} have not finished, {problems}") from None
+            continue
         if problem is None:
             found[rank] = pickle.loads(result)
         else:
             problems[rank] = problem
     assert not problems, "\n".join(f"rank {rank}: {problem}" for rank, problem in sorted(problems.items()))
-    return [found[rank] for rank in range(world_size)]
+    return [found[rank] for rank in range(len(processes))]
 
 
 def _run(
@@ -75,8 +82,10 @@ def _run(
             world_size=world_size,
             timeout=timedelta(seconds=timeout),
         )
-        results.put((rank, None, pickle.dumps(function(rank, *args))))
-        dist.barrier()
+        result = function(rank, *args)
+        with suppress(RuntimeError):  # some rank is gone: not this one's fault
+            dist.barrier()
+        results.put((rank, None, pickle.dumps(result)))
         dist.destroy_process_group()
     except BaseException:  # the parent is to see it whatever it is
         results.put((rank, traceback.format_exc(), None))

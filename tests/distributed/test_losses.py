@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepsim_ext import nn
+from deepsim_ext import nn, reference
 from deepsim_ext.distributed import DistributedLoss
 
 from .ranks import run_ranks
@@ -35,11 +35,31 @@ def losses(distance: str) -> list[nn.embeddings.BatchLoss]:
         nn.BatchContrastiveLoss(pos_margin=0.2, neg_margin=4.0 if distance != "cosine" else 0.9, **stats),
         nn.BatchContrastiveLoss(neg_margin=3.0, squared=True, reduction="mean", **stats),
         nn.BatchContrastiveLoss(neg_margin=2.0, reduction="sum", **stats),
+        nn.BatchSemiHardTripletLoss(margin=0.3, **stats),
+        nn.BatchSemiHardTripletLoss(margin=0.5, definition="tfa", reduction="sum", **stats),
+        nn.BatchSemiHardTripletLoss(margin=0.4, definition="pml", reduction="mean_nonzero", **stats),
+        nn.BatchAllTripletLoss(margin=0.3, **stats),
+        nn.BatchSemiHardTripletLoss(soft=True, reduction="mean_nonzero", **stats),
+        nn.BatchAllTripletLoss(margin=0.1, reduction="mean", **stats),
+        nn.BatchHardTripletLoss(positive="easy", negative="semihard", **stats),
+        nn.BatchAllTripletLoss(margin=0.2, reduction="sum", **stats),
+        nn.BatchHardTripletLoss(positive="semihard", negative="easy", **stats),
+        nn.BatchHardTripletLoss(positive="semihard", **stats),
     ]
 
 
 DISTANCES = ("euclidean", "sqeuclidean", "cosine")
-DATA = ("spread", "apart", "duplicates", "whole_numbers", "far", "zero_rows", "one_label", "singletons")
+DATA = (
+    "spread",
+    "apart",
+    "tight",
+    "duplicates",
+    "whole_numbers",
+    "far",
+    "zero_rows",
+    "one_label",
+    "singletons",
+)
 CASES = [
     *(Case(loss, "spread", "uneven", torch.float64) for d in DISTANCES for loss in losses(d)),
     *(Case(loss, "spread", "even", torch.float32) for d in DISTANCES for loss in losses(d)),
@@ -61,6 +81,9 @@ def draw(data: str, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     labels = torch.randint(5, (rows,), generator=random)
     if data == "apart":  # classes far from each other, most negatives not active
         x += 5.0 * labels[:, None]
+    if data == "tight":  # so near each other, for their length, that tiles lose the digits of their distances
+        x = 1e-3 * x
+        x[::2] += 1e3
     if data == "duplicates":
         x = x[torch.randint(1 + rows // 3, (rows,), generator=random)]
     if data == "whole_numbers":  # many equal distances
@@ -74,6 +97,24 @@ def draw(data: str, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if data == "singletons":
         labels = torch.arange(rows) - 7
     return x.to(dtype), labels
+
+
+def tight_contrastive(case: Case) -> bool:
+    """Whether the op of one process is itself as inexact as the ring: its tiles subtract centred rows."""
+    return case.data == "tight" and isinstance(case.loss, nn.BatchContrastiveLoss)
+
+
+def lost_by_centring(x: Tensor, labels: Tensor, margin: float) -> float:
+    """The most that the rounding of centred rows can do to an entry of the gradient of a mean of negatives.
+
+    Rounding moves each entry by half a unit in the last place of the longest, hence the vector between two
+    rows by twice that times sqrt(D), and its direction by as much over their distance. Either ordered pair of
+    two rows pulls with one over the number of active pairs.
+    """
+    moved = 2 * x.shape[1] ** 0.5 * torch.finfo(x.dtype).eps / 2 * float(x.abs().max())
+    d = (x[:, None] - x).norm(dim=2)
+    active = (labels[:, None] != labels) & (d < margin)
+    return float(2 * moved * torch.where(active, 1 / d, 0.0).sum(dim=1).max() / active.sum())
 
 
 def offsets(sizes: tuple[int, ...]) -> list[int]:
@@ -128,4 +169,11 @@ def test_as_one_process(ranks: list[list[tuple[Any, Tensor]]], number: int) -> N
     scale = float(x.grad.double().abs().amax().clamp(min=1)) if x.grad.numel() else 1.0
     half = case.dtype.itemsize == 2  # rounded at the end, perhaps the other way
     rounding = torch.finfo(case.dtype).eps * 2 if half else tolerance(case.dtype)["atol"]
+    if tight_contrastive(case):
+        rows = x.detach().clone().requires_grad_()
+        reference.batch_contrastive_loss(rows, labels, **case.loss.options).loss.backward()
+        lost = rounding + lost_by_centring(x.detach(), labels, case.loss.options["neg_margin"])
+        torch.testing.assert_close(x.grad, rows.grad, rtol=0, atol=lost)
+        torch.testing.assert_close(grad, rows.grad, rtol=0, atol=lost)
+        return
     torch.testing.assert_close(grad, x.grad, rtol=0, atol=rounding * scale)
