@@ -13,6 +13,7 @@ import pickle
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ RANKS, D, K = 2, 128, 4
 SIZES, QUICK_SIZES = (1024, 2048, 4096, 16384), (256, 512)
 ALONE, MODES = "one process", ("ring", "gather")
 MIN_RUNS = 5
+TIMEOUT = timedelta(minutes=2)  # for another rank; then its error is told
 
 
 def case_name(rows: int) -> str:
@@ -98,10 +100,12 @@ def on_a_rank(rank: int, rows: int, seconds: float) -> list[Record]:
 
 def run(rank: int, folder: str, rows: int, seconds: float) -> None:
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank % os.cpu_count()]})
+        os.sched_setaffinity(0, range(os.cpu_count()))  # OpenMP may have bound the parent to a core
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[rank % len(cores)]})
     torch.set_num_threads(1)
     rendezvous = f"file://{Path(folder) / 'rendezvous'}"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=RANKS, timeout=TIMEOUT)
     records = on_a_rank(rank, rows, seconds)
     if rank == 0:
         (Path(folder) / "records").write_bytes(pickle.dumps(records))

@@ -23,8 +23,8 @@ from ._result import RankResult, WithGradient
 
 MODES = ("auto", "ring", "gather")
 # Up to so many rows in all they are gathered: to send blocks round and to ask for rows takes longer than to
-# compute everything everywhere. Measured on two processes of one machine.
-MOST_GATHERED_ROWS = 2048
+# compute everything everywhere. Measured on two processes of one machine (cpu-distributed.md).
+MOST_GATHERED_ROWS = 4096
 
 # By the function that a loss is a module of.
 _ring_losses: dict[Callable[..., Any], Callable[..., RankResult]] = {
@@ -69,7 +69,7 @@ class DistributedLoss(nn.Module):
         loss: a batch loss of `deepsim_ext.nn`; any reduction but "none". Or a `CrossBatchMemory`, with the
             same contents on every rank.
         process_group: None for the default group.
-        mode: "ring", "gather", or "auto" for one of them: the ring on the CPU from 2,049 rows in
+        mode: "ring", "gather", or "auto" for one of them: the ring on the CPU from 4,097 rows in
             all.
         averaged_gradients: whether gradients are multiplied by the number of ranks, as above.
 
