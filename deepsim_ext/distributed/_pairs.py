@@ -17,7 +17,7 @@ from .._checks import compute_dtype
 from ..reference.distances import rowwise
 from ._batches import Batches, as_bytes
 
-WORKSPACE = 2**17  # elements of rows that are subtracted at a time
+WORKSPACE = 2**17  # elements of rows that are subtracted at a time, of which several copies live together
 
 
 class Part(NamedTuple):

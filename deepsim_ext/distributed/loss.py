@@ -69,8 +69,8 @@ class DistributedLoss(nn.Module):
         loss: a batch loss of `deepsim_ext.nn`; any reduction but "none". Or a `CrossBatchMemory`, with the
             same contents on every rank.
         process_group: None for the default group.
-        mode: "ring", "gather", or "auto" for one of them: the ring on the CPU from 4,097 rows in
-            all.
+        mode: "ring", "gather", or "auto" for one of them: the ring on the CPU from 4,097 rows
+            in all.
         averaged_gradients: whether gradients are multiplied by the number of ranks, as above.
 
     Raises:
