@@ -1,7 +1,8 @@
-"""Nearest neighbours of any number, in bounded memory, with a rule for ties that holds at the last place too.
+"""Nearest neighbours of any number, in bounded memory.
 
-`nearest_neighbors` chooses by tiles, where two rows at the same distance may differ in the last digit, and
-finds at most 1024. Here a few more rows are looked at than asked for, and all where ties or k want it.
+Every distance is a direct difference of two rows, the same to the bit whatever other rows there are, and
+equal distances come by ascending index: so a gallery can be searched in parts, and what was found in them
+merged.
 """
 
 from __future__ import annotations
@@ -14,55 +15,75 @@ from torch import Tensor
 from ._checks.rows import MAX_NEIGHBORS
 from ._checks.texts import error
 from .nearest_neighbors import nearest_neighbors
-from .reference.distances import pairwise
 from .results import NearestNeighbors
 
 WORKSPACE = 2**20  # distances held at a time, beside the result; those of one query are held in any case
-EXTRA, DEEPER = 8, 4  # rows looked at beyond k; factor by which there are more if all of those are tied
+MERGED = 2**17  # neighbours sorted at a time, which takes some 50 bytes for each
 LONGEST = {torch.float32: 1e18, torch.float64: 1e152}  # rows beyond which squared distances could overflow
 
 
-def check_comparable(function: str, argument: str, x: Tensor) -> None:
-    """Every row of x, float32 or float64, has a distance from every other: finite and not too long."""
-    longest = LONGEST[x.dtype]
-    if not (torch.linalg.vector_norm(x, dim=1) < longest).all():  # NaN fails too
+def comparable(x: Tensor) -> Tensor:
+    """bool [N]: rows of x, float32 or float64, that have a distance from any other: finite, not too long."""
+    return torch.linalg.vector_norm(x, dim=1) < LONGEST[x.dtype]  # NaN is not
+
+
+def check_comparable(function: str, argument: str, x: Tensor, first: int | None = None) -> None:
+    """ValueError unless all rows are `comparable`; it names the row if the number of the first is given."""
+    right = comparable(x)
+    if not right.all():
         got = "a longer one" if x.isfinite().all() else "a NaN or inf"
-        raise error(ValueError, function, argument, f"finite, with rows shorter than {longest:g}", got)
+        if first is not None:
+            got += f" in row {first + int(right.int().argmin())}"
+        expected = f"finite, with rows shorter than {LONGEST[x.dtype]:g}"
+        raise error(ValueError, function, argument, expected, got)
 
 
 def nearest_rows(queries: Tensor, gallery: Tensor, k: int, *, distance: str) -> NearestNeighbors:
     """The k nearest rows of `gallery`, 1 <= k <= G, for every query; equal distances by ascending index.
 
-    queries [Q, D] and gallery [G, D] of one dtype have passed `check_comparable`. Memory is O(Q k + G D).
+    queries [Q, D] and gallery [G, D] of one dtype are `comparable`. Memory is O(Q k + G D).
     """
-    return _nearest(queries, gallery, k, min(k + EXTRA, len(gallery)), distance)
+    distances = queries.new_empty(len(queries), k)
+    indices = torch.empty_like(distances, dtype=torch.int64)
+    if k <= MAX_NEIGHBORS:
+        for rows in _parts(len(queries), WORKSPACE // k):
+            # A slice is a tensor of its own: given the gallery itself, each query would not find itself.
+            distances[rows], indices[rows] = nearest_neighbors(queries[rows], gallery, k, distance=distance)
+    else:
+        for rows, of_all in stripes(queries, gallery, distance=distance):
+            in_order, index = of_all.sort(dim=1, stable=True)
+            distances[rows], indices[rows] = in_order[:, :k], index[:, :k]
+    return NearestNeighbors(distances, indices)
+
+
+def no_neighbors(queries: Tensor) -> NearestNeighbors:
+    """[Q, 0], to merge others with."""
+    return NearestNeighbors(queries.new_empty(len(queries), 0), queries.new_empty(len(queries), 0).long())
+
+
+def merge(k: int, *found: NearestNeighbors) -> NearestNeighbors:
+    """The k nearest of all that were found, or all if they are fewer; equal distances by ascending index."""
+    distances, indices = zip(*found, strict=True)
+    queries, columns = len(distances[0]), sum(d.shape[1] for d in distances)
+    merged = []
+    for rows in _parts(max(queries, 1), max(1, MERGED // max(columns, 1))):
+        index, order = torch.cat([i[rows] for i in indices], dim=1).sort(dim=1)
+        near, ahead = torch.cat([d[rows] for d in distances], dim=1).gather(1, order).sort(dim=1, stable=True)
+        merged.append((near[:, :k], index.gather(1, ahead[:, :k])))
+    return NearestNeighbors(*map(torch.cat, zip(*merged, strict=True)))
 
 
 def stripes(queries: Tensor, gallery: Tensor, *, distance: str) -> Iterator[tuple[slice, Tensor]]:
     """All distances, a few queries at a time: which queries, and [those, G]."""
-    size = max(1, WORKSPACE // max(len(gallery), 1))
-    for start in range(0, len(queries), size):
-        rows = slice(start, start + size)
-        yield rows, pairwise(queries[rows], gallery, distance)
+    for rows in _parts(len(queries), max(1, WORKSPACE // max(len(gallery), 1))):
+        part = queries[rows]
+        distances = part.new_empty(len(part), len(gallery))
+        for columns in _parts(len(gallery), MAX_NEIGHBORS):
+            block = gallery[columns]
+            found = nearest_neighbors(part, block, len(block), distance=distance)
+            distances[:, columns].scatter_(1, found.indices, found.distances)
+        yield rows, distances
 
 
-def _nearest(queries: Tensor, gallery: Tensor, k: int, take: int, distance: str) -> NearestNeighbors:
-    """By looking at the `take` >= k nearest rows, and at more where the last is as near as the k-th."""
-    distances = queries.new_empty(len(queries), k)
-    indices = torch.empty_like(distances, dtype=torch.int64)
-    if take > MAX_NEIGHBORS:
-        for rows, of_all in stripes(queries, gallery, distance=distance):
-            in_order, index = of_all.sort(dim=1, stable=True)
-            distances[rows], indices[rows] = in_order[:, :k], index[:, :k]
-        return NearestNeighbors(distances, indices)
-    size = WORKSPACE // take
-    for start in range(0, len(queries), size):
-        rows = slice(start, start + size)
-        # A slice is a tensor of its own: given the gallery itself, each query would not find itself.
-        found = nearest_neighbors(queries[rows], gallery, take, distance=distance)
-        distances[rows], indices[rows] = found.distances[:, :k], found.indices[:, :k]
-        tied = (found.distances[:, k - 1] == found.distances[:, -1]).nonzero()[:, 0] + start
-        if take < len(gallery) and len(tied):
-            deeper = min(DEEPER * take, len(gallery))
-            distances[tied], indices[tied] = _nearest(queries[tied], gallery, k, deeper, distance)
-    return NearestNeighbors(distances, indices)
+def _parts(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, count, size))

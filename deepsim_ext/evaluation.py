@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ._checks import evaluation as checks
-from ._nearest_rows import WORKSPACE, check_comparable, nearest_rows, stripes
+from ._nearest_rows import WORKSPACE, check_comparable
+from ._references import Advance, InMemory, Queries, References
 
 FIRST_LOOK = 128  # neighbours among which the first match is looked for before all references are
+
+
+class Rows(Protocol):
+    """A tensor [N, D], or what has its rows elsewhere."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Tensor) -> Tensor: ...
 
 
 class RetrievalMetrics(NamedTuple):
@@ -86,28 +95,10 @@ def retrieval_metrics(
         references, ref_labels = x, labels
     else:
         check_comparable(function, "ref_embeddings", references)
-    matches = _matches(labels, ref_labels) - int(own)
-    scores = x.new_empty(len(x), 3, dtype=torch.float64)
-    for part in _parts(matches):
-        itself = part if own else None
-        scores[part] = _scores(x[part], labels[part], matches[part], references, ref_labels, itself, distance)
-    counted = matches > 0
-    rank, r_precision, average_precision = scores[counted].T
-    weights = _weights(labels[counted]) if avg_of_avgs else None
-
-    def mean(score: Tensor) -> float:
-        score = score.double()
-        return float(score.mean() if weights is None or not len(score) else (score * weights).sum())
-
-    return RetrievalMetrics(
-        precision_at_1=mean(rank == 1),
-        recall_at_k={k: mean(rank <= k) for k in recall_at},
-        r_precision=mean(r_precision),
-        mean_average_precision_at_r=mean(average_precision),
-        mean_reciprocal_rank=mean(1 / rank),
-        queries=len(rank),
-        lone_queries=len(labels) - len(rank),
-    )
+    matches = count_matches(labels, ref_labels, own=own)
+    searched = InMemory(references, ref_labels, distance)
+    scores = scores_of_all(x, labels, matches, searched, ref_labels, first=0 if own else None)
+    return summary(scores, matches, labels, recall_at=recall_at, avg_of_avgs=avg_of_avgs)
 
 
 def nmi(embeddings: Tensor, labels: Tensor, *, seed: int = 0) -> float:
@@ -139,16 +130,38 @@ def nmi(embeddings: Tensor, labels: Tensor, *, seed: int = 0) -> float:
     return float(normalized_mutual_info_score(labels.cpu().numpy(), clusters))
 
 
-def _matches(labels: Tensor, ref_labels: Tensor) -> Tensor:
-    """int64 [N]: how many of `ref_labels` are the same as each label."""
+def count_matches(labels: Tensor, ref_labels: Tensor, *, own: bool) -> Tensor:
+    """int64 [N]: how many of `ref_labels`, beside a row's own, are the same as each label."""
     classes, sizes = ref_labels.unique(return_counts=True)
     if not len(classes):
         return torch.zeros_like(labels)
     where = torch.searchsorted(classes, labels).clamp(max=len(classes) - 1)
-    return torch.where(classes[where] == labels, sizes[where], 0)
+    return torch.where(classes[where] == labels, sizes[where], 0) - int(own)
 
 
-def _parts(matches: Tensor) -> Iterator[Tensor]:
+def scores_of_all(
+    x: Rows,
+    labels: Tensor,
+    matches: Tensor,
+    references: References,
+    ref_labels: Tensor,
+    *,
+    first: int | None,
+    in_step: Callable[[Iterator[Tensor]], Iterator[Tensor]] = iter,
+    advance: Advance = lambda _: None,
+) -> Tensor:
+    """`_scores_of` all of x, NaN for what has no match. `first` is where among the references x begins, None
+    where it is none of them. Parts of the queries are asked for one after another, `in_step` with whoever
+    else asks; `advance` is told of queries that are done."""
+    scores = torch.full((len(x), 3), torch.nan, dtype=torch.float64, device=labels.device)
+    for part in in_step(_parts_of(matches)):
+        queries = Queries(x[part], labels[part], None if first is None else part + first)
+        scores[part] = _scores_of(queries, matches[part], references, ref_labels)
+        advance(len(part))
+    return scores
+
+
+def _parts_of(matches: Tensor) -> Iterator[Tensor]:
     """Queries with a match, the largest classes first: those of a part want about as many neighbours."""
     rows = matches.argsort(descending=True, stable=True)[: int((matches > 0).sum())]
     while len(rows):
@@ -157,37 +170,23 @@ def _parts(matches: Tensor) -> Iterator[Tensor]:
         rows = rows[size:]
 
 
-def _scores(
-    queries: Tensor,
-    labels: Tensor,
-    matches: Tensor,
-    references: Tensor,
-    ref_labels: Tensor,
-    own: Tensor | None,
-    distance: str,
-) -> Tensor:
+def _scores_of(queries: Queries, matches: Tensor, references: References, ref_labels: Tensor) -> Tensor:
     """float64 [Q, 3]: rank of the first match, R-precision, AP@R.
 
-    Every query has a match; `own` are the rows of the queries among the references.
+    Each query has matches int64 [Q] >= 1; ref_labels int64 [M] are those of all references.
     """
-    available = len(references) - (own is not None)
-    k = min(max(int(matches.max()), FIRST_LOOK), available)
-    indices = nearest_rows(queries, references, k + (own is not None), distance=distance).indices
-    if own is not None:
-        indices = _without(indices, own)
-    match = ref_labels[indices] == labels[:, None]
+    own = int(queries.own is not None)
+    most = int(matches.max()) if len(matches) else 0
+    k = min(max(most, FIRST_LOOK), len(ref_labels) - own)
+    indices = references.nearest(queries.embeddings, k + own).indices
+    if queries.own is not None:
+        indices = _without(indices, queries.own)
+    match = ref_labels[indices] == queries.labels[:, None]
     position = torch.arange(1, k + 1, device=match.device)
     first = torch.where(match, position, k + 1).amin(dim=1)
     beyond = first > k
-    if beyond.any():
-        first[beyond] = _first_ranks(
-            queries[beyond],
-            labels[beyond],
-            references,
-            ref_labels,
-            None if own is None else own[beyond],
-            distance,
-        )
+    behind = queries.take(beyond)
+    first[beyond] = references.before(behind, references.matches(behind)) + 1
     match &= position <= matches[:, None]
     precision = match.cumsum(dim=1).double() / position
     r_precision = match.sum(dim=1).double() / matches
@@ -195,27 +194,34 @@ def _scores(
     return torch.stack([first.double(), r_precision, average_precision], dim=1)
 
 
+def summary(
+    scores: Tensor, matches: Tensor, labels: Tensor, *, recall_at: list[int], avg_of_avgs: bool
+) -> RetrievalMetrics:
+    """What `scores_of_all` [N, 3] come to."""
+    counted = matches > 0
+    rank, r_precision, average_precision = scores[counted].T
+    weights = _weights(labels[counted]) if avg_of_avgs else None
+
+    def mean(score: Tensor) -> float:
+        score = score.double()
+        return float(score.mean() if weights is None or not len(score) else (score * weights).sum())
+
+    return RetrievalMetrics(
+        precision_at_1=mean(rank == 1),
+        recall_at_k={k: mean(rank <= k) for k in recall_at},
+        r_precision=mean(r_precision),
+        mean_average_precision_at_r=mean(average_precision),
+        mean_reciprocal_rank=mean(1 / rank),
+        queries=len(rank),
+        lone_queries=len(labels) - len(rank),
+    )
+
+
 def _without(indices: Tensor, own: Tensor) -> Tensor:
     """[Q, k] of [Q, k + 1]: each row without its own index or, if that is not in it, without the last."""
     drop = indices == own[:, None]
     drop[:, -1] |= ~drop.any(dim=1)
-    return indices[~drop].view(len(indices), -1)
-
-
-def _first_ranks(
-    queries: Tensor, labels: Tensor, references: Tensor, ref_labels: Tensor, own: Tensor | None, distance: str
-) -> Tensor:
-    """Ranks of first matches, by counting the references before them; every query has a match."""
-    ranks = torch.empty_like(labels)
-    index = torch.arange(len(references), device=labels.device)
-    for rows, distances in stripes(queries, references, distance=distance):
-        if own is not None:
-            distances.scatter_(1, own[rows, None], torch.inf)
-        match = ref_labels == labels[rows, None]
-        nearest, first = torch.where(match, distances, torch.inf).min(dim=1, keepdim=True)
-        before = (distances < nearest) | ((distances == nearest) & (index < first))
-        ranks[rows] = before.sum(dim=1) + 1
-    return ranks
+    return indices[~drop].view(len(indices), indices.shape[1] - 1)
 
 
 def _weights(labels: Tensor) -> Tensor:

@@ -16,10 +16,12 @@ def nearest_neighbors(
     """The k nearest rows of `gallery` for every row of `queries`, nearest first.
 
     Source: the rule of Cover and Hart, "Nearest Neighbor Pattern Classification" (1967), for k neighbours.
-    The distances returned are direct differences. Memory is O(Q k) beyond copies of the inputs on the CPU,
-    where tiles of distances only choose; up to 32 queries are compared with the gallery by direct differences
-    and nothing is copied (in float32 and float64; by cosine distance up to 2). On CUDA all distances are
-    direct differences, and memory is O(Q k) and 16 MiB.
+    All distances are direct differences of two rows, whatever other rows there are, and of equal ones those
+    of lowest index are taken, at the last place too: what is found in parts of a gallery can be merged. On
+    the CPU tiles of distances choose which rows are measured, with some to spare; where their rounding leaves
+    a doubt, as with many duplicates, a query is compared with the whole gallery. Memory is O(Q k) beyond
+    copies of the inputs; up to 32 queries are compared with the gallery directly and nothing is copied (in
+    float32 and float64; by cosine distance up to 2). On CUDA memory is O(Q k) and 16 MiB.
 
     Args:
         queries: [Q, D] with D >= 1; float32, float64, bfloat16 or float16.

@@ -125,7 +125,7 @@ def test_as_a_process(here):
     assert (done.returncode, done.stdout, done.stderr) == (0, "gallery: 3 identities, 4 templates\n", "")
     done = python("identify", "gallery", "--embeddings", "nothing.npy")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "identify: [Errno 2] No such file or directory: 'nothing.npy'\n"
+    assert done.stderr == "identify: nothing.npy must be a .npy file, got No such file or directory\n"
 
 
 def test_the_command_line_imports_none_of_the_extras():
@@ -190,19 +190,19 @@ NEW = ("--embeddings", "e.npy", "--identities", "names.txt")
         ((*NEW[:3], "gap.txt"), "gap.txt: line 2 is empty"),
         ((*NEW[:3], "latin.txt"), "latin.txt: no UTF-8 text: "),
         ((*NEW[:3], "missing.txt"), "[Errno 2] No such file or directory: 'missing.txt'"),
-        (("--embeddings", "pickle.npy", *NEW[2:]), "pickle.npy: cannot be read as .npy: "),
-        (("--embeddings", "cut.npy", *NEW[2:]), "cut.npy: cannot be read as .npy: "),
-        (("--embeddings", "empty.npy", *NEW[2:]), "empty.npy: cannot be read as .npy: "),
-        (("--embeddings", "names.txt", *NEW[2:]), "names.txt: cannot be read as .npy: "),
+        (("--embeddings", "pickle.npy", *NEW[2:]), "pickle.npy must be a .npy file, got "),
+        (("--embeddings", "cut.npy", *NEW[2:]), "cut.npy must be a .npy file, got "),
+        (("--embeddings", "empty.npy", *NEW[2:]), "empty.npy must be a .npy file, got "),
+        (("--embeddings", "names.txt", *NEW[2:]), "names.txt must be a .npy file, got "),
         (
             ("--embeddings", "integers.npy", *NEW[2:]),
-            "integers.npy: expected floating point of shape [N, D] with D >= 1, got int64 [4, 2]",
+            "integers.npy must be float16, float32 or float64 of shape [N, D] with D >= 1, got int64 [4, 2]",
         ),
         (
             ("--embeddings", "flat.npy", *NEW[2:]),
-            "flat.npy: expected floating point of shape [N, D] with D >= 1, got",
+            "flat.npy must be float16, float32 or float64 of shape [N, D] with D >= 1, got",
         ),
-        (("--embeddings", "archive.npz", *NEW[2:]), "archive.npz: expected floating point of shape [N, D]"),
+        (("--embeddings", "archive.npz", *NEW[2:]), "archive.npz must be a .npy file, got a .npz file"),
     ],
 )
 def test_a_failing_enroll_leaves_the_old_gallery(here, capsys, arguments, text):
@@ -224,7 +224,7 @@ def test_a_failing_enroll_leaves_the_old_gallery(here, capsys, arguments, text):
     capsys.readouterr()
     assert enroll(*arguments) == 2
     said = line(capsys)
-    assert said.startswith(f"enroll: {text}"), said
+    assert said.startswith(f"enroll: {text}") and "allow_pickle" not in said, said
     assert contents() == before
 
 
@@ -313,6 +313,6 @@ def test_out_of_memory_is_one_line(here, capsys, monkeypatch):
     monkeypatch.setattr(Gallery, "search", too_much_for_torch)
     assert identify("--embeddings", "q.npy") == 2
     assert line(capsys) == "identify: not enough memory"
-    monkeypatch.setattr(command.np, "load", too_much)
+    monkeypatch.setattr(command, "in_memory", too_much)
     assert identify("--embeddings", "q.npy") == 2
-    assert line(capsys) == "identify: q.npy: cannot be read as .npy: MemoryError"
+    assert line(capsys) == "identify: MemoryError"

@@ -125,6 +125,39 @@ def test_a_query_far_away_does_not_matter_to_the_others():
     assert torch.equal(together.distances[others], alone.distances[others])
 
 
+def near_ties(kind, dtype):
+    """[300, 20], many of them at distances from each other that are equal, or differ in their last digits."""
+    g = torch.Generator().manual_seed(8)
+    which, d = torch.randint(9, (300,), generator=g), 20
+    if kind == "whole numbers":
+        return torch.randint(3, (300, d), generator=g).to(dtype)
+    points = torch.randn(9, d, generator=g, dtype=torch.float64)[which]
+    if kind == "parallel":  # at one cosine distance, but for its rounding
+        points *= torch.rand(300, 1, generator=g) + 0.5
+    elif kind == "shells":  # of a radius that differs by a few units of rounding
+        points = torch.nn.functional.normalize(torch.randn(300, d, generator=g, dtype=torch.float64))
+        points *= 1 + torch.finfo(dtype).eps * torch.randn(300, 1, generator=g).double()
+        points[:3] = 0
+    elif kind == "far away":  # tight clusters, far from each other
+        points = 100 * points + 1e-5 * torch.randn(300, d, generator=g).double()
+    return points.to(dtype)
+
+
+@pytest.mark.parametrize("self_form", [True, False])
+@pytest.mark.parametrize("kind", ["duplicates", "whole numbers", "parallel", "shells", "far away"])
+@by_distance
+@by_dtype
+def test_fewer_neighbours_are_the_first_of_all(dtype, distance, kind, self_form):
+    """Rounding of what narrows the search down does not decide who comes last, nor do ties."""
+    gallery = near_ties(kind, dtype)
+    queries = gallery if self_form else gallery[torch.arange(40, 100)].clone()
+    everyone = nearest_neighbors(queries, gallery, len(gallery) - self_form, distance=distance)
+    for k in (1, 5, 30, 200):
+        got = nearest_neighbors(queries, gallery, k, distance=distance)
+        assert torch.equal(got.indices, everyone.indices[:, :k])
+        assert torch.equal(got.distances, everyone.distances[:, :k])
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e20])
 @pytest.mark.parametrize("count", [4, 40])
 @by_distance

@@ -216,7 +216,7 @@ def test_errors_are_one_line_and_leave_nothing(data, capsys):
         ),
         (
             lambda: [*case(x[0], "--embeddings"), *case(good)],
-            f"load_embeddings: {npy} must be float16, float32 or float64 of shape [N, D], got float32 [16]",
+            f"load_embeddings: {npy} must be float16, float32 or float64 of shape [N, D] with D >= 1, got",
         ),
         (
             lambda: ["--embeddings", str(folder / "none.npy"), *case(good)],

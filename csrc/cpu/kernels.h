@@ -43,6 +43,9 @@ struct Extremes {
   int32_t *negative_index, *positive_index;
 };
 
+// Coordinates whose products are summed one after another; then come the sums of such blocks.
+inline constexpr int64_t kDepthBlock = 128;
+
 // One rectangle of panels. Rows and columns are sorted by label, so the positives of row i are the columns positive_begin[i] up to
 // positive_end[i].
 template <class T>

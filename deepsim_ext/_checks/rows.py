@@ -7,7 +7,15 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .options import DISTANCES, PAIR_REDUCTIONS, TRIPLET_REDUCTIONS, choice, flag, margin_value
+from .options import (
+    DISTANCES,
+    PAIR_REDUCTIONS,
+    TRIPLET_REDUCTIONS,
+    choice,
+    flag,
+    margin_value,
+    positive_integer,
+)
 from .tensors import (
     FLOAT_DTYPES,
     INTEGER_DTYPES,
@@ -114,6 +122,18 @@ def nearest_neighbors(
     queries, gallery = match_dtypes(function, "queries", queries, "gallery", gallery, (queries.dtype,))
     _check_k(function, k, "G", gallery.shape[0])
     return NeighborArguments(queries, gallery, int(k))
+
+
+def neighbors_in_parts(
+    function: str, queries: Tensor, gallery: Tensor, k: int, *, distance: str
+) -> NeighborArguments:
+    """All arguments of a search in a part of a gallery, whose number of rows does not matter to k."""
+    choice(function, "distance", distance, DISTANCES)
+    check_embeddings(function, "queries", queries, "[Q, D]")
+    check_embeddings(function, "gallery", gallery, "[G, D]")
+    check_columns(function, "gallery", gallery, "G", "queries", queries)
+    queries, gallery = match_dtypes(function, "queries", queries, "gallery", gallery, (queries.dtype,))
+    return NeighborArguments(queries, gallery, positive_integer(function, "k", k))
 
 
 def _check_k(function: str, k: int, rows_name: str, rows: int) -> None:

@@ -27,7 +27,7 @@ def group_of(function: str, group: ProcessGroup | None) -> ProcessGroup | None:
 
 def agree(
     function: str,
-    group: ProcessGroup,
+    group: ProcessGroup | None,
     argument: str,
     check: Callable[[], tuple[Checked, Hashable, Hashable]],
 ) -> tuple[Checked, list[Hashable]]:
@@ -37,8 +37,12 @@ def agree(
     ValueError about `argument`. Where `check` raises, its error is raised on that rank, and a RuntimeError
     with the number of the rank and its words on the others.
 
-    Returns (result, `own` by rank). One exchange of small objects, which on CUDA waits for the device.
+    Returns (result, `own` by rank). One exchange of small objects, which on CUDA waits for the device; none
+    without a group.
     """
+    if group is None:
+        checked, _, own = check()
+        return checked, [own]
     problem, checked, common, own = None, None, None, None
     try:
         checked, common, own = check()

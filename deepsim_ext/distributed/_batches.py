@@ -6,7 +6,7 @@ The union of the batches has its rows in the order of the ranks: "global" indice
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,14 +19,20 @@ from ._agree import agree
 
 
 class Batches(NamedTuple):
-    """The batches of all ranks of a group, of more than one rank."""
+    """The batches of all ranks of a group."""
 
-    group: ProcessGroup
+    group: ProcessGroup | None  # None: one rank only
     rank: int
     sizes: tuple[int, ...]  # rows, by rank
     offsets: tuple[int, ...]  # global index of the first row, by rank; then the number of all rows
     labels: Tensor  # int64 [N], of all rows
-    with_gradient: bool  # of the rows of any rank
+    with_gradient: bool = False  # of the rows of any rank
+
+    @staticmethod
+    def of_ranks(group: ProcessGroup | None, sizes: Sequence[int], device: torch.device) -> Batches:
+        """Without labels."""
+        rank = 0 if group is None else dist.get_rank(group)
+        return Batches(group, rank, (), (), torch.empty(0, dtype=torch.int64, device=device)).of_sizes(sizes)
 
     @property
     def world_size(self) -> int:
@@ -38,6 +44,10 @@ class Batches(NamedTuple):
 
     def rows(self, rank: int) -> slice:
         return slice(self.offsets[rank], self.offsets[rank + 1])
+
+    def of_sizes(self, sizes: Sequence[int]) -> Batches:
+        """Others of the same ranks; labels are none of theirs."""
+        return self._replace(sizes=tuple(sizes), offsets=(0, *itertools.accumulate(sizes)))
 
 
 def exchange(
@@ -52,15 +62,19 @@ def exchange(
 
     def check_here() -> tuple[Any, str, tuple[int, bool]]:
         embeddings, labels = check()
-        kind = f"{short_name(embeddings.dtype)} [n, {embeddings.shape[1]}] on {embeddings.device.type}"
         own = len(labels), is_differentiated(embeddings)
-        return (embeddings, labels), f"{kind} for {function}{options!r}", own
+        return (embeddings, labels), f"{kind_of(embeddings)} for {function}{options!r}", own
 
     (embeddings, labels), found = agree(function, group, "embeddings", check_here)
     sizes, differentiated = zip(*found, strict=True)
-    offsets = (0, *itertools.accumulate(sizes))
-    batches = Batches(group, dist.get_rank(group), sizes, offsets, labels, any(differentiated))
-    return embeddings.detach().contiguous(), batches._replace(labels=gather_rows(labels, batches))
+    batches = Batches.of_ranks(group, sizes, labels.device)
+    batches = batches._replace(labels=gather_rows(labels, batches), with_gradient=any(differentiated))
+    return embeddings.detach().contiguous(), batches
+
+
+def kind_of(x: Tensor) -> str:
+    """What has to be the same on all ranks."""
+    return f"{short_name(x.dtype)} [n, {x.shape[1]}] on {x.device.type}"
 
 
 def is_differentiated(x: Tensor) -> bool:
@@ -69,6 +83,8 @@ def is_differentiated(x: Tensor) -> bool:
 
 def gather_rows(x: Tensor, batches: Batches) -> Tensor:
     """[N, ...] of all ranks' [n, ...], in global order."""
+    if batches.world_size == 1:
+        return x
     most = max(batches.sizes)
     padded = x if len(x) == most else torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
     gathered = x.new_empty(batches.world_size, most, *x.shape[1:])

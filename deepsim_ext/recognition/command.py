@@ -10,12 +10,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .._checks.options import DISTANCES
 from .._files import write_beside
+from .._npy import in_memory, map_embeddings
 from .gallery import Gallery, Identification
 from .storage import JSON_NAME, locked
 
@@ -72,7 +72,7 @@ def _enroll(args: argparse.Namespace) -> None:
         raise ValueError("--embeddings and --identities go together")
     if args.embeddings is None and not args.remove and args.threshold is None:
         raise ValueError("nothing to do: give --embeddings and --identities, --remove or --threshold")
-    embeddings = None if args.embeddings is None else _read_embeddings(args.embeddings)
+    embeddings = None if args.embeddings is None else _read_embeddings("enroll", args.embeddings)
     names = None if args.identities is None else _read_names(args.identities)
     if names is not None and len(names) != len(embeddings):
         raise ValueError(f"{args.identities}: {len(names)} names for {len(embeddings)} embeddings")
@@ -109,7 +109,7 @@ def _gallery(args: argparse.Namespace, embeddings: Tensor | None) -> Gallery:
 
 
 def _identify(args: argparse.Namespace) -> None:
-    queries = _read_embeddings(args.embeddings)
+    queries = _read_embeddings("identify", args.embeddings)
     gallery = _load(args.gallery)
     if args.threshold is not None:
         gallery.threshold = args.threshold
@@ -151,19 +151,8 @@ def _load(folder: Path) -> Gallery:
         raise ValueError(f"{folder}: no gallery there: {problem.filename} is missing") from None
 
 
-def _read_embeddings(path: Path) -> Tensor:
-    try:
-        array = np.load(path, allow_pickle=False)
-    except OSError:
-        raise
-    except Exception as problem:  # broken files come with errors of every kind
-        raise ValueError(f"{path}: cannot be read as .npy: {_line(problem)}") from None
-    if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.ndim != 2 or not array.shape[1]:
-        got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
-        raise ValueError(f"{path}: expected floating point of shape [N, D] with D >= 1, got {got}")
-    if array.dtype.itemsize > 8:
-        raise ValueError(f"{path}: expected float16, float32 or float64, got {array.dtype}")
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
+def _read_embeddings(function: str, path: Path) -> Tensor:
+    return torch.from_numpy(in_memory(map_embeddings(function, path)))
 
 
 def _read_names(path: Path) -> list[str]:

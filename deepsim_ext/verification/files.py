@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import csv
-import warnings
 from pathlib import Path
 
 import numpy as np
 
 from .._checks import pairs as checks
 from .._checks.texts import error
-from .._checks.verification import ARRAY_FLOATS, describe_array
+from .._checks.verification import describe_array
+from .._npy import in_memory, map_embeddings, map_npy
 from .results import LabelledPairs
 
 MAPPED_FROM = 2**28  # bytes: a larger file stays on disk
@@ -25,11 +25,7 @@ def load_embeddings(path: str | Path) -> np.ndarray:
         ValueError: the file is none, is broken, or holds anything else than float16, float32 or float64 of
             shape [N, D] with N, D >= 1.
     """
-    array = _load("load_embeddings", path)
-    if array.dtype not in ARRAY_FLOATS or array.ndim != 2:
-        expected = "float16, float32 or float64 of shape [N, D]"
-        raise error(ValueError, "load_embeddings", str(path), expected, describe_array(array))
-    return array
+    return _load("load_embeddings", path, map_embeddings("load_embeddings", path))
 
 
 def load_labels(path: str | Path) -> np.ndarray:
@@ -38,7 +34,7 @@ def load_labels(path: str | Path) -> np.ndarray:
     Raises:
         ValueError: the file is none, is broken, or holds anything else than integers of shape [N], N >= 1.
     """
-    array = _load("load_labels", path)
+    array = _load("load_labels", path, map_npy("load_labels", path))
     try:
         return checks.labels_array("load_labels", array)
     except (TypeError, ValueError):
@@ -87,20 +83,8 @@ def _shown(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:60]}…")
 
 
-def _load(function: str, path: str | Path) -> np.ndarray:
-    """The array in a .npy file, at least one number."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what the parser says of a damaged header
-            # Mapping finds a file that is shorter than its header says before memory is allocated for it.
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as problem:  # broken files come with errors of every kind
-        got = problem.strerror if isinstance(problem, OSError) and problem.strerror else str(problem)
-        first = (got.splitlines() or [type(problem).__name__])[0]
-        raise error(ValueError, function, str(path), "a .npy file", first) from None
-    if not isinstance(array, np.ndarray):
-        array.close()
-        raise error(ValueError, function, str(path), "a .npy file", "a .npz file")
+def _load(function: str, path: str | Path, array: np.memmap) -> np.ndarray:
+    """A mapped array of at least one number, in memory unless it is large."""
     if not array.size:
         raise error(ValueError, function, str(path), "of one number at least", describe_array(array))
-    return array if array.nbytes > MAPPED_FROM else np.array(array)
+    return array if array.nbytes > MAPPED_FROM and array.dtype.isnative else in_memory(array)

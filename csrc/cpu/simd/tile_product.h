@@ -5,6 +5,7 @@
 // [kPanelRows][kPanelRows], row-major, and stays in L1; so do the kDepthBlock columns of both panels being multiplied.
 #pragma once
 
+#include "../kernels.h"
 #include "vec.h"
 
 namespace deepsim::cpu::DEEPSIM_CAPABILITY {
@@ -22,8 +23,6 @@ inline constexpr int kMicroRows = 4, kMicroVectors = 2;
 template <class T>
 inline constexpr int kPanelRows = kMicroVectors * kLanes<T>;
 static_assert(kPanelRows<float> % kMicroRows == 0 && kPanelRows<double> % kMicroRows == 0);
-
-inline constexpr int64_t kDepthBlock = 128;
 
 // kRows rows of a tile, in its columns from register kFirst on.
 template <class T, int kRows = kMicroRows, int kFirst = 0>
