@@ -21,7 +21,7 @@ namespace {
 constexpr int64_t kFew = 32;
 
 // Candidates beyond k that are measured: k + kSpare + k / kSpareShare in all.
-constexpr int64_t kSpare = 8, kSpareShare = 16;
+constexpr int64_t kSpare = 4, kSpareShare = 16;
 
 template <class T>
 void keep_nearest(T* value, int32_t* index, int32_t* count, T* limit, int64_t k) {
