@@ -235,7 +235,8 @@ def test_opcheck(dtype):
 
 
 def test_plain_torch_is_the_kernel_of_other_devices():
-    for op in ("positive_distances", "semi_hard_negatives", "batch_all_negatives"):
+    lists = "positive_distances", "semi_hard_negatives", "batch_all_negatives"
+    for op in (*lists, "batch_hard_extremes", "pair_distances", "pair_distances_backward"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"deepsim_ext::{op}", "CUDA")
 
 

@@ -100,7 +100,8 @@ def loss_of_window(
     loss = (limits - active_d_an).clamp(min=0) / divisor
     if with_gradient:
         pairs = Pairs(x, lists.mine, lists.others, batches)
-        grad = (grad / divisor).to(grad.dtype) + pairs.pull((active / divisor).to(active.dtype), distance)
+        pulls = pairs.pull((active / divisor).to(active.dtype), lists.distances, distance)
+        grad = (grad / divisor).to(grad.dtype) + pulls
         grad = torch.where(loss.isnan(), torch.nan, grad)
     dtype, count = active.dtype, triplets.clamp(min=1)
     return RankResult(

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..batch_hard_extremes import batch_hard_extremes
 from ._batches import Batches
 from ._center import common_center
 from ._lists import farther_negatives, hardest_positives
@@ -18,7 +19,6 @@ from ._ring import Meeting, go_round
 from ._strategies import mine_by_strategy
 from ._triplets import loss_of_triplets
 
-_ops = torch.ops.deepsim_ext
 # As csrc/common/choose_again.h has it: a choice whose |a - b|^2 / 2 is less than this much of |a|^2 / 2.
 LOST_DIGITS = 1 / 512
 _NOBODY = torch.iinfo(torch.int64).max  # an index that every other is below
@@ -54,18 +54,18 @@ def _mine_hardest(x: Tensor, labels: Tensor, batches: Batches, *, distance: str)
         indices = torch.where(indices < 0, _NOBODY, indices.long() + offset)
         return torch.stack([half_squares[0], -half_squares[1]]), indices
 
-    half_squares, indices, half_norms, _, _ = _ops.batch_hard_extremes(
-        x, labels, None, None, center, distance
-    )
+    half_squares, indices, half_norms, _, _ = batch_hard_extremes(x, labels, center=center, distance=distance)
     best = _Best(*as_larger_is_better(half_squares, indices, batches.offset))
 
     def visit(meeting: Meeting, theirs: Tensor) -> Sequence[Tensor]:
         their_labels = batches.labels[batches.rows(meeting.other)][meeting.theirs]
         own, own_labels = x[meeting.mine], labels[meeting.mine]
-        found = _ops.batch_hard_extremes(own, own_labels, theirs, their_labels, center, distance)
+        block = own, own_labels, theirs, their_labels
+        found = batch_hard_extremes(*block, center=center, distance=distance)
         first_of_theirs = batches.offsets[meeting.other] + meeting.theirs.start
-        best.improve(meeting.mine, *as_larger_is_better(found[0], found[1], first_of_theirs))
-        return as_larger_is_better(found[3], found[4], batches.offset + meeting.mine.start)
+        of_mine, of_theirs = found[:2], found[3:]
+        best.improve(meeting.mine, *as_larger_is_better(*of_mine, first_of_theirs))
+        return as_larger_is_better(*of_theirs, batches.offset + meeting.mine.start)
 
     def expect(count: int) -> Sequence[Tensor]:
         return half_squares.new_empty(2, count), labels.new_empty(2, count)

@@ -80,7 +80,7 @@ def ring_loss(
     loss = positive_loss / positive_divisor + negative_loss / negative_divisor
     if with_gradient:
         slopes = 2 * beyond if squared else (beyond > 0).to(dtype)
-        pulls = pairs.pull(slopes / positive_divisor.to(dtype), distance)
+        pulls = pairs.pull(slopes / positive_divisor.to(dtype), d, distance)
         grad = torch.where(loss.isnan(), torch.nan, grad / negative_divisor.to(dtype) + pulls)
     result = ContrastiveResult(
         loss.to(dtype),

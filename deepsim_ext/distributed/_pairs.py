@@ -6,7 +6,7 @@ gradients go back the same way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,20 +14,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._checks import compute_dtype
-from ..reference.distances import rowwise
+from ..pair_distances import pair_distances, pair_distances_backward
 from ._batches import Batches, as_bytes
 
-WORKSPACE = 2**17  # elements of rows that are subtracted at a time, of which several copies live together
 
+class Turn(NamedTuple):
+    """Rows that have come together, and their pairs."""
 
-class Part(NamedTuple):
-    """Some of the pairs, and the rows that have come for them."""
-
+    rows: Tensor  # [R, D]
     pairs: Tensor  # which of the T
     mine: Tensor  # rows of this rank
     slots: Tensor  # rows of `rows`
-    rows: Tensor  # [R, D]
-    grad_rows: Tensor  # [R, D], to be added to
+    requested: Tensor  # rows of this rank that others have got, rank by rank
+    ask: list[int]  # how many of `rows` came from each rank
+    answer: list[int]  # how many of `requested` went to each rank
 
 
 class Pairs:
@@ -41,14 +41,20 @@ class Pairs:
         wanted, which = others.unique(return_inverse=True)  # ascending: rank by rank
         offsets = torch.tensor(batches.offsets, device=x.device)
         first = torch.searchsorted(wanted, offsets)
-        asked_of_me = torch.empty_like(first[1:])
-        dist.all_to_all_single(asked_of_me, first.diff(), group=batches.group)
-        self.ask, self.answer = first.diff().tolist(), asked_of_me.tolist()
-        # Of every rank at most so many rows at a time: all together no more than a batch, either way.
-        self.at_a_time = max(1, -(-max(batches.sizes) // batches.world_size))
-        most = first.diff().max()
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=batches.group)
-        self.rounds = -(-int(most) // self.at_a_time)
+        # One exchange: how many rows of each other a rank wants, of whom it wants most, and of all.
+        counts = first.diff()
+        most_and_all = torch.stack([counts.max(), counts.sum()]).expand(len(counts), 2)
+        said = torch.cat([counts[:, None], most_and_all], dim=1)
+        heard = torch.empty_like(said)
+        dist.all_to_all_single(heard, said, group=batches.group)
+        self.answer, most, wanted_by = heard.T.tolist()
+        self.ask = counts.tolist()
+        # Of every rank at most so many rows at a time: all together no more than two batches, either way.
+        two_batches = 2 * max(batches.sizes)
+        self.at_a_time = max(1, -(-two_batches // batches.world_size))
+        self.turns = -(-max(most) // self.at_a_time)
+        self.keeps = max(wanted_by) <= two_batches
+        self.kept: list[Turn] = []
         # Wanted rows in the order in which they come, and the pairs in the order of their rows.
         owner = torch.searchsorted(offsets[1:], wanted, right=True)
         turn = (torch.arange(len(wanted), device=x.device) - first[owner]) // self.at_a_time
@@ -62,55 +68,53 @@ class Pairs:
 
     def distances(self, distance: str) -> Tensor:
         """[T], float32 or, for float64 rows, float64."""
-        dtype = compute_dtype(self.x)
-        found = self.x.new_empty(len(self.order), dtype=dtype)
-
-        def measure(part: Part) -> None:
-            own, other = self.x[part.mine].to(dtype), part.rows[part.slots].to(dtype)
-            found[part.pairs] = rowwise(own, other, distance)
-
-        self._in_parts(measure, None)
+        found = self.x.new_empty(len(self.order), dtype=compute_dtype(self.x))
+        for turn in self._turns():
+            found[turn.pairs] = pair_distances(self.x, turn.rows, turn.mine, turn.slots, distance=distance)
         return found
 
-    def pull(self, weights: Tensor, distance: str) -> Tensor:
-        """[n, D], the gradient of the sum over all ranks' pairs of weight [T] times distance."""
-        dtype = compute_dtype(self.x)
-        grad = self.x.new_zeros(self.x.shape, dtype=dtype)
+    def pull(self, weights: Tensor, distances: Tensor, distance: str) -> Tensor:
+        """[n, D], the gradient of the sum over all ranks' pairs of weight [T] times distance.
 
-        def differentiate(part: Part) -> None:
-            own = self.x[part.mine].to(dtype).requires_grad_()
-            other = part.rows[part.slots].to(dtype).requires_grad_()
-            with torch.enable_grad():
-                d = rowwise(own, other, distance)
-            grad_own, grad_other = torch.autograd.grad(d, (own, other), weights[part.pairs].to(dtype))
+        distances are what `distances` gave; weights are of their dtype.
+        """
+        grad = None
+        for turn in self._turns():
+            of_pairs = weights[turn.pairs], distances[turn.pairs]
+            rows = self.x, turn.rows, turn.mine, turn.slots
+            own, theirs = pair_distances_backward(*of_pairs, *rows, distance=distance)
+            theirs = self._swap(theirs, turn.answer, turn.ask)
+            grad = own if grad is None else grad.add_(own)
             # In a fixed order on every device, which index_add_ does not promise.
-            grad.index_put_((part.mine,), grad_own, accumulate=True)
-            part.grad_rows.index_put_((part.slots,), grad_other, accumulate=True)
+            grad.index_put_((turn.requested,), theirs, accumulate=True)
+        return self.x.new_zeros(self.x.shape, dtype=compute_dtype(self.x)) if grad is None else grad
 
-        self._in_parts(differentiate, grad)
-        return grad
+    def _turns(self) -> Iterator[Turn]:
+        """As many for every rank. What has come is kept for the next time if it's little on every rank."""
+        if len(self.kept) == self.turns:
+            yield from self.kept
+            return
+        start = 0
+        for number in range(self.turns):
+            turn = self._fetch(number, start)
+            if self.keeps:
+                self.kept.append(turn)
+            yield turn
+            start += len(turn.rows)
 
-    def _in_parts(self, work: Callable[[Part], None], grad: Tensor | None) -> None:
-        """Calls `work` for all pairs and, if there is a `grad` [n, D], adds what others have for its rows."""
-        x, start = self.x, 0
-        size = max(1, WORKSPACE // x.shape[1])
-        for turn in range(self.rounds):
-            ask, answer = self._of_turn(self.ask, turn), self._of_turn(self.answer, turn)
-            wanted = self.wanted[start : start + sum(ask)]
-            requested = self._swap(wanted, answer, ask) - self.batches.offset
-            rows = self._swap(x[requested], ask, answer)
-            grad_rows = torch.zeros_like(rows, dtype=compute_dtype(x)) if grad is not None else rows
-            ends = torch.tensor([start, start + len(wanted)], device=x.device)
-            low, high = torch.searchsorted(self.which, ends).tolist()
-            for begin in range(low, high, size):
-                some = slice(begin, min(begin + size, high))
-                work(Part(self.order[some], self.mine[some], self.which[some] - start, rows, grad_rows))
-            if grad is not None:
-                grad.index_put_((requested,), self._swap(grad_rows, answer, ask), accumulate=True)
-            start += len(wanted)
+    def _fetch(self, number: int, start: int) -> Turn:
+        """The wanted rows from `start` on."""
+        ask, answer = self._of_turn(self.ask, number), self._of_turn(self.answer, number)
+        wanted = self.wanted[start : start + sum(ask)]
+        requested = self._swap(wanted, answer, ask) - self.batches.offset
+        rows = self._swap(self.x[requested], ask, answer)
+        ends = torch.tensor([start, start + len(wanted)], device=self.x.device)
+        some = slice(*torch.searchsorted(self.which, ends).tolist())
+        slots = self.which[some] - start
+        return Turn(rows, self.order[some], self.mine[some], slots, requested, ask, answer)
 
-    def _of_turn(self, counts: list[int], turn: int) -> list[int]:
-        return [max(0, min(count - turn * self.at_a_time, self.at_a_time)) for count in counts]
+    def _of_turn(self, counts: list[int], number: int) -> list[int]:
+        return [max(0, min(count - number * self.at_a_time, self.at_a_time)) for count in counts]
 
     def _swap(self, sent: Tensor, received: list[int], given: list[int]) -> Tensor:
         """Sends `given` rows to each rank and returns the `received` ones from each."""

@@ -57,7 +57,7 @@ def loss_of_triplets(
     grad = None
     if with_gradient:
         weights = (slopes / divisor).to(slopes.dtype)
-        grad = pairs.pull(torch.cat([weights, -weights]), distance)
+        grad = pairs.pull(torch.cat([weights, -weights]), d, distance)
         grad = torch.where(total.isnan(), torch.nan, grad)
     dtype = d_ap.dtype
     divided = triplets.clamp(min=1)

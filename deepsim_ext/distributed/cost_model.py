@@ -13,8 +13,8 @@ Bytes that a rank sends:
     blocks   n D b in each of the R // 2 steps, all to the next rank.
     found    of every visited row two values and two indices, 2 c + 16 bytes, home: n rows a step, and where R
              is even 3/4 n in the last one, on average, as one of the two that meet is halved.
-    chosen   rows that lie elsewhere, at most 2 n (R - 1) / R of them if labels are spread evenly: twice an
-             index and the row, for distances and for the gradient, and once the row's gradient, D c.
+    chosen   rows that lie elsewhere, at most 2 n (R - 1) / R of them if labels are spread evenly: an index,
+             the row, and its gradient, D c.
 
 Time. The own block's pairs come first, then the first block arrives, which nothing hides. While a step is
 worked on, the next block and what the last step found travel: on links that need no arithmetic unit, the step
@@ -30,8 +30,8 @@ import math
 from typing import NamedTuple
 
 CENTER_ROWS = 19  # sum, count of zero rows, 17 samples
-GATHERS = 7  # all-gathers and all-reduces of a call
-ALL_TO_ALLS = 11  # one of counts, and for two rounds of chosen rows two for distances and three for gradients
+GATHERS = 6  # all-gathers and all-reduces of a call
+ALL_TO_ALLS = 4  # of counts, indices, chosen rows and their gradients
 
 
 class Machine(NamedTuple):
@@ -140,7 +140,7 @@ def sent(problem: Problem, chosen_elsewhere: float | None = None) -> Sent:
         center=2 * (ranks - 1) / ranks * CENTER_ROWS * 8 * d,
         blocks=problem.steps * n * d * b,
         found=visited * (2 * c + 16),
-        chosen=chosen_elsewhere * (2 * (8 + d * b) + d * c),
+        chosen=chosen_elsewhere * (8 + d * b + d * c),
     )
 
 

@@ -56,7 +56,7 @@ class DistributedLoss(nn.Module):
                 in flight, and 8 bytes for each of all rows' labels; for losses of all positives, and other
                 strategies than the hardest, also O(n K) for K rows of a label. Arithmetic is shared out
                 evenly. Batch-hard chooses the same for any number of ranks: equal distances go to the lowest
-                index in the union. On the CPU.
+                index in the union. On CUDA its steps are plain torch so far, and it has not been run there.
         gather  Every rank gets all rows and computes the whole. Memory is O(N D), arithmetic is that of one
                 process, and there is one exchange only: for small batches, and for every device.
 
@@ -69,8 +69,7 @@ class DistributedLoss(nn.Module):
         loss: a batch loss of `deepsim_ext.nn`; any reduction but "none". Or a `CrossBatchMemory`, with the
             same contents on every rank.
         process_group: None for the default group.
-        mode: "ring", "gather", or "auto" for one of them: the ring on the CPU from 4,097 rows
-            in all.
+        mode: "ring", "gather", or "auto" for one of them: the ring on the CPU from 4,097 rows in all.
         averaged_gradients: whether gradients are multiplied by the number of ranks, as above.
 
     Raises:
@@ -145,6 +144,6 @@ class DistributedLoss(nn.Module):
 
 
 def is_gathered(mode: str, x: Tensor, batches: Batches) -> bool:
-    """Whether the rows of all ranks go to every rank. `batch_hard_extremes` has no kernel for CUDA yet."""
+    """Whether the rows of all ranks go to every rank. What a ring needs has no kernels for CUDA yet."""
     few = batches.offsets[-1] <= MOST_GATHERED_ROWS
     return (few or x.device.type != "cpu") if mode == "auto" else mode == "gather"

@@ -22,6 +22,7 @@ from torch import multiprocessing
 
 from .. import nn
 from .._checks import compute_dtype
+from ..batch_hard_extremes import batch_hard_extremes
 from ..distributed import DistributedLoss
 from ..distributed._batches import Batches, exchange
 from ..distributed._pairs import Pairs
@@ -95,8 +96,7 @@ def _figures(dim: int, dtype: torch.dtype) -> tuple[float, float, float, float]:
     x, batches = exchange("simulate", dist.group.WORLD, "", lambda: (x, labels))
     center = torch.zeros(dim, dtype=torch.float64)
     ref = x.clone()
-    extremes = torch.ops.deepsim_ext.batch_hard_extremes
-    tiles = _seconds(lambda: extremes(x, labels, ref, labels, center, "euclidean"), CALLS)
+    tiles = _seconds(lambda: batch_hard_extremes(x, labels, ref, labels, center=center), CALLS)
     latency = _seconds(lambda: _pass_on(torch.empty(1), batches), CALLS)
     message = torch.empty(MESSAGE, dtype=torch.uint8)
     transfer = _seconds(lambda: _pass_on(message, batches), CALLS)
@@ -112,7 +112,8 @@ def _measure_and_pull(x: torch.Tensor, batches: Batches) -> None:
     mine = torch.arange(ROWS).repeat(2)
     others = torch.cat([torch.arange(ROWS).roll(1), torch.arange(ROWS).roll(2)]) + batches.offset
     pairs = Pairs(x, mine, others, batches)
-    pairs.pull(torch.ones_like(pairs.distances("euclidean")), "euclidean")
+    distances = pairs.distances("euclidean")
+    pairs.pull(torch.ones_like(distances), distances, "euclidean")
 
 
 def _step(rows: int, dim: int, dtype: torch.dtype) -> float:

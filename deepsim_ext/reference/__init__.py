@@ -6,8 +6,9 @@ any device, needs nothing compiled, and is what the compiled functions are check
 Besides the public functions there are the parts that a gradient of a gradient needs, on arguments that are
 checked already: `mine_triplets` and `indexed_triplet_loss`, which keep the choice of triplets and their loss
 apart, and `dense_batch_all`, `dense_semi_hard` and `dense_contrastive`. The losses can be differentiated to
-any order. `positive_distances`, `batch_all_negatives` and `semi_hard_negatives` are what the ops of these
-names do on devices that have no kernels for them, in bounded memory.
+any order. `batch_hard_extremes`, `pair_distances`, `positive_distances`, `batch_all_negatives` and
+`semi_hard_negatives` are what the ops of these names do on devices that have no kernels for them, in bounded
+memory.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from .batch_contrastive import dense_contrastive as dense_contrastive
 from .batch_hard import batch_hard_mine, batch_hard_triplet_loss
 from .batch_hard import indexed_triplet_loss as indexed_triplet_loss
 from .batch_hard import mine_triplets as mine_triplets
+from .batch_hard_extremes import batch_hard_extremes as batch_hard_extremes
 from .content import content_loss
 from .given_rows import contrastive_loss, triplet_margin_loss
 from .neighbors import nearest_neighbors
+from .pair_distances import pair_distances as pair_distances
+from .pair_distances import pair_distances_backward as pair_distances_backward
 from .positive_distances import positive_distances as positive_distances
 from .semi_hard import batch_semi_hard_triplet_loss
 from .semi_hard import dense_semi_hard as dense_semi_hard
