@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deepsim_ext import nn, reference
 from deepsim_ext.distributed import DistributedLoss
+from deepsim_ext.distributed._pairs import Pairs
 
 from .ranks import run_ranks
 
@@ -177,3 +178,27 @@ def test_as_one_process(ranks: list[list[tuple[Any, Tensor]]], number: int) -> N
         torch.testing.assert_close(grad, rows.grad, rtol=0, atol=lost)
         return
     torch.testing.assert_close(grad, x.grad, rtol=0, atol=rounding * scale)
+
+
+def one_wants_much(rank: int) -> tuple[Tensor, Tensor, bool]:
+    """Rank 0 has positives among all other rows, more than it keeps; the others among its and their own."""
+    x, _ = draw("spread", 32, torch.float64)
+    labels = torch.cat([torch.arange(8), torch.arange(24) // 3])
+    mine = slice(8 * rank, 8 * rank + 8)
+    own = x[mine].clone().requires_grad_()
+    loss = nn.BatchContrastiveLoss(reduction="sum")
+    value = DistributedLoss(loss, mode="ring", averaged_gradients=False)(own, labels[mine])
+    value.backward()
+    kept: list[bool] = []
+    known = Pairs._turns
+    Pairs._turns = lambda pairs: kept.append(pairs.keeps) or known(pairs)
+    DistributedLoss(loss, mode="ring")(own, labels[mine])
+    right = x.clone().requires_grad_()
+    loss(right, labels).backward()
+    return own.grad, right.grad[mine], any(kept)
+
+
+def test_rows_are_kept_on_all_ranks_or_on_none() -> None:
+    for grad, right, kept in run_ranks(4, one_wants_much):
+        assert not kept
+        torch.testing.assert_close(grad, right, rtol=1e-12, atol=1e-12)
