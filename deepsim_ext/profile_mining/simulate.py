@@ -131,12 +131,11 @@ def local_machine(dim: int, dtype: torch.dtype) -> Machine:
 
 
 def shared(machine: Machine, ranks: int) -> Machine:
-    """A local machine as each of so many ranks has it."""
+    """A local machine as each of so many ranks has it. Those that wait for messages wait side by side."""
     share = max(1.0, ranks / _cores()) / max(1.0, 2 / _cores())
     return machine._replace(
         rate=machine.rate / share,
         bandwidth=machine.bandwidth / share,
-        latency=machine.latency * share,
         chosen_rate=machine.chosen_rate / share,
     )
 
