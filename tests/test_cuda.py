@@ -15,6 +15,8 @@ from deepsim_ext import (
     batch_hard_triplet_loss,
     batch_semi_hard_triplet_loss,
     cached_backward,
+    distributed,
+    evaluation,
     gram_matrix,
     nearest_neighbors,
     nn,
@@ -254,21 +256,78 @@ def nccl(tmp_path):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("exchanging", [False, True])
-@pytest.mark.parametrize("with_memory", [False, True])
-def test_distributed_loss_over_nccl(nccl, monkeypatch, exchanging, with_memory):
-    """Alone it is the loss itself; `exchanging`, all that several ranks say to each other goes over NCCL."""
-    if exchanging:
-        monkeypatch.setattr("deepsim_ext.distributed.loss.group_of", lambda function, group: nccl)
+def as_if_several(monkeypatch, group):
+    """All that several ranks say to each other is said, over NCCL."""
+    for module in ("loss", "neighbors", "evaluation"):
+        monkeypatch.setattr(f"deepsim_ext.distributed.{module}.group_of", lambda function, _: group)
 
-    def make() -> torch.nn.Module:
-        loss = nn.BatchHardTripletLoss()
+
+@pytest.mark.parametrize(("exchanging", "mode"), [(False, "auto"), (True, "gather"), (True, "ring")])
+@pytest.mark.parametrize("with_memory", [False, True])
+def test_distributed_loss_over_nccl(nccl, monkeypatch, exchanging, mode, with_memory):
+    """Alone it is the loss itself."""
+    if exchanging:
+        as_if_several(monkeypatch, nccl)
+
+    def make(loss: nn.embeddings.BatchLoss) -> torch.nn.Module:
         return nn.CrossBatchMemory(loss, 32, memory_size=128).cuda() if with_memory else loss
 
-    plain, distributed = make(), DistributedLoss(make(), mode="gather")
-    for _ in range(3):
-        x, labels = batch(100, 32)
-        expected, got = plain(x, labels), distributed(x, labels)
-        torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
-        (grad,), (exact,) = torch.autograd.grad(got, x), torch.autograd.grad(expected, x)
-        torch.testing.assert_close(grad, exact, rtol=1e-5, atol=1e-7)
+    for loss in (
+        nn.BatchHardTripletLoss(),
+        nn.BatchHardTripletLoss(positive="easy", negative="semihard"),
+        nn.BatchAllTripletLoss(),
+        nn.BatchSemiHardTripletLoss(),
+        nn.BatchContrastiveLoss(neg_margin=12.0),
+    ):
+        plain, distributed = make(loss), DistributedLoss(make(loss), mode=mode)
+        for _ in range(3):
+            x, labels = batch(100, 32)
+            expected, got = plain(x, labels), distributed(x, labels)
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+            (grad,), (exact,) = torch.autograd.grad(got, x), torch.autograd.grad(expected, x)
+            torch.testing.assert_close(grad, exact, rtol=1e-4, atol=1e-6)
+
+
+def test_search_over_nccl(nccl, monkeypatch):
+    as_if_several(monkeypatch, nccl)
+    x, labels = batch(500, 32)
+    x = x.detach()
+    whole, found = nearest_neighbors(x, x.clone(), 7), distributed.nearest_neighbors(x, x.clone(), 7)
+    assert found.indices.equal(whole.indices) and found.distances.equal(whole.distances)
+    assert distributed.retrieval_metrics(x, labels) == evaluation.retrieval_metrics(x, labels)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_ops_in_plain_torch(dtype, distance):
+    """Those of a ring of several processes, which have no kernels here, agree with the CPU's."""
+    g = torch.Generator().manual_seed(1)
+    x, ref, others = (torch.randn(n, 20, generator=g).to(dtype) for n in (90, 70, 80))
+    labels, ref_labels, other_labels = (torch.randint(9, (n,), generator=g) for n in (90, 70, 80))
+    rows, ref_rows = (torch.randint(n, (500,), generator=g) for n in (90, 70))
+    compute = torch.float64 if dtype is torch.float64 else torch.float32
+    center, weights = torch.zeros(20, dtype=torch.float64), torch.randn(500, generator=g).to(compute)
+    tolerance = 1e-12 if dtype is torch.float64 else 2e-5
+
+    def compare(name, *arguments):
+        op = getattr(torch.ops.deepsim_ext, name)
+        expected = op(*arguments)
+        got = op(*(a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments))
+        if name == "batch_hard_extremes":  # without half norms: differences lose no digits
+            expected, got = expected[:2] + expected[3:], got[:2] + got[3:]
+        tensors = ([t] if isinstance(t, torch.Tensor) else t for t in (got, expected))
+        for here, there in zip(*tensors, strict=True):
+            assert here.is_cuda and here.dtype == there.dtype
+            torch.testing.assert_close(here.cpu(), there, rtol=tolerance, atol=tolerance)
+        return expected
+
+    block = x, labels, ref, ref_labels
+    chosen = compare("batch_hard_extremes", *block, center, distance)[1]
+    assert (chosen >= 0).any()
+    d = compare("pair_distances", x, ref, rows, ref_rows, distance)
+    compare("pair_distances_backward", weights, d, x, ref, rows, ref_rows, distance)
+    positives = compare("positive_distances", *block, center, distance)
+    begin = torch.cat([torch.zeros(1).long(), (labels[:, None] == ref_labels).sum(dim=1).cumsum(0)])
+    lists = x, labels, others, other_labels, begin, positives
+    compare("semi_hard_negatives", *lists, center, distance)
+    compare("batch_all_negatives", *lists, 0.2, False, center, distance, True)

@@ -83,7 +83,7 @@ def is_differentiated(x: Tensor) -> bool:
 
 def gather_rows(x: Tensor, batches: Batches) -> Tensor:
     """[N, ...] of all ranks' [n, ...], in global order."""
-    if batches.world_size == 1:
+    if batches.group is None:
         return x
     most = max(batches.sizes)
     padded = x if len(x) == most else torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])

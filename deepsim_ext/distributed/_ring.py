@@ -63,6 +63,8 @@ def go_round(
     """
     rank, world = batches.rank, batches.world_size
     steps = steps_of(batches, once=once)
+    if steps == 0:
+        return
 
     def block_of(step: int) -> Tensor:
         return x.new_empty(batches.sizes[(rank - step) % world], x.shape[1])

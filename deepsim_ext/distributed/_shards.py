@@ -89,7 +89,7 @@ def _send_home(found: Tensor, batches: Batches) -> Tensor:
     """[world_size, q, ...]: what every rank has found for this rank's queries. found [Q, ...] is for those of
     all ranks."""
     world, own = batches.world_size, batches.sizes[batches.rank]
-    if world == 1:
+    if batches.group is None:
         return found.unsqueeze(0)
     home = found.new_empty(world, own, *found.shape[1:])
     row_bytes = math.prod(found.shape[1:]) * found.element_size()
