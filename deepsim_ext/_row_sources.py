@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -88,38 +89,43 @@ def prepare_search(
 
 def prepare_metrics(
     function: str,
-    embeddings: RowSource,
+    embeddings: Any,
     labels: Tensor,
-    references: RowSource | None,
+    ref_embeddings: Any,
     ref_labels: Tensor | None,
     *,
+    source: Callable[[str, str, Any], RowSource],
     recall_at: Any,
     distance: str,
     avg_of_avgs: bool,
     chunk_rows: Any,
-) -> list[int]:
-    """Checks everything, all rows as well; returns `recall_at`. References may be `embeddings` themselves."""
-    sources = [embeddings] if references is None or references is embeddings else [embeddings, references]
-    dtype = functools.reduce(torch.promote_types, (source.dtype for source in sources))
-    like = embeddings.stand_in(labels, dtype)
-    like_references = None
-    if references is not None:
-        like_references = like if references is embeddings else references.stand_in(labels, dtype)
+) -> tuple[RowSource, RowSource | None, list[int]]:
+    """Checks everything, all rows as well: the embeddings, the references or None if they are the embeddings
+    themselves, and `recall_at`."""
+    x = source(function, "embeddings", embeddings)
+    sources, like_refs, refs = [x], None, None
+    if ref_embeddings is not None and ref_embeddings is not embeddings:
+        refs = source(function, "ref_embeddings", ref_embeddings)
+        sources.append(refs)
+    dtype = functools.reduce(torch.promote_types, (rows.dtype for rows in sources))
+    like = x.stand_in(labels, dtype)
+    if ref_embeddings is not None:
+        like_refs = like if refs is None else refs.stand_in(labels, dtype)
     recall_at = evaluation_checks.retrieval_metrics(
         function,
         like,
         labels,
-        like_references,
+        like_refs,
         ref_labels,
         recall_at=recall_at,
         distance=distance,
         avg_of_avgs=avg_of_avgs,
     ).recall_at
     chunk_rows = _chunk_rows(function, chunk_rows)
-    for source in sources:
-        source.become(dtype, labels.device, chunk_rows)
-        source.read_all()
-    return recall_at
+    for rows in sources:
+        rows.become(dtype, labels.device, chunk_rows)
+        rows.read_all()
+    return x, refs, recall_at
 
 
 def _chunk_rows(function: str, chunk_rows: Any) -> int | None:

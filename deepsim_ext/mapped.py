@@ -99,23 +99,19 @@ def retrieval_metrics(
             their squares, or shapes or devices that do not go together.
     """
     function = "retrieval_metrics"
-    x = refs = MappedRows(function, "embeddings", embeddings)
-    if ref_embeddings is None:
-        refs = None
-    elif ref_embeddings is not embeddings:
-        refs = MappedRows(function, "ref_embeddings", ref_embeddings)
-    recall_at = prepare_metrics(
+    x, refs, recall_at = prepare_metrics(
         function,
-        x,
+        embeddings,
         labels,
-        refs,
+        ref_embeddings,
         ref_labels,
+        source=MappedRows,
         recall_at=recall_at,
         distance=distance,
         avg_of_avgs=avg_of_avgs,
         chunk_rows=chunk_rows,
     )
-    own = refs is None or refs is x
+    own = refs is None
     if own:
         refs, ref_labels = x, labels
     matches = count_matches(labels, ref_labels, own=own)

@@ -61,24 +61,19 @@ def retrieval_metrics(
     group = group_of(function, process_group)
 
     def check() -> tuple[tuple[RowSource, RowSource | None, list[int]], str, tuple[int, int]]:
-        x = refs = row_source(function, "embeddings", embeddings)
-        if ref_embeddings is None:
-            refs = None
-        elif ref_embeddings is not embeddings:
-            refs = row_source(function, "ref_embeddings", ref_embeddings)
-        ks = prepare_metrics(
+        x, refs, ks = prepare_metrics(
             function,
-            x,
+            embeddings,
             labels,
-            refs,
+            ref_embeddings,
             ref_labels,
+            source=row_source,
             recall_at=recall_at,
             distance=distance,
             avg_of_avgs=avg_of_avgs,
             chunk_rows=chunk_rows,
         )
         flag(function, "progress", progress)
-        refs = None if refs is x else refs
         options = {"recall_at": ks, "distance": distance, "avg_of_avgs": avg_of_avgs}
         kind = "their own" if refs is None else "other"
         common = f"{kind_of(x[labels[:0]])} with {kind} references for {options}"
