@@ -63,6 +63,10 @@ SORTED = "      }\n      __syncthreads();\n    }\n  }\n}\n\n// How many"
 OTHERS = "    __syncthreads();\n#pragma unroll\n    for (int o = 0;"
 NO_PULL = "    if (shared.pulls[step % 2] == 0) continue;\n"
 OWN_INSIDE = "inside = first_row + r < p.own_count && first_other"
+PRODUCT_WAIT = "    ptx::cp_async_wait<kStages - 2>();\n"
+PRODUCT_REFILL = "    load(chunk + kStages - 1);\n"
+RESULTS_BARRIER = "  __syncthreads();  // all are through with the stages\n"
+WHOLE_PIECE = "l < lines && first + kPieceElements <= elements && is_aligned(piece)"
 CLEARED = "shared.active[s] = 0;\n    __syncthreads();\n"
 
 # A file of csrc/cuda, a piece of it, what is put in its place, and what the emulator has to say then.
@@ -130,12 +134,37 @@ PLANTED = {
         NO_PULL.replace("if (", "if (threadIdx.x % 2 || "),
         "divergent __syncthreads",
     ),
+    "missing_wait_for_a_product": ("tile_product.cuh", PRODUCT_WAIT, "", "wrong: "),
+    "early_refill_of_a_product": (
+        "tile_product.cuh",
+        BARRIER + PRODUCT_REFILL,
+        PRODUCT_REFILL + BARRIER,
+        "wrong: ",
+    ),
+    "results_over_operands": ("gram.cuh", RESULTS_BARRIER, "", "wrong: "),
+    "pieces_beyond_the_end": (
+        "lines.cuh",
+        WHOLE_PIECE,
+        WHOLE_PIECE.replace("first + kPieceElements <= elements && ", ""),
+        "heap-buffer-overflow",
+    ),
     "strengths_beyond_the_stripe": (
         "pull.cuh",
         OWN_INSIDE,
         OWN_INSIDE.replace("first_row + r < p.own_count && ", ""),
         "heap-buffer-overflow",
     ),
+}
+
+
+# What runs a file of csrc/cuda, where it is not the losses over all pairs.
+CHECKS = {
+    "mine_wgmma.cuh": "wgmma",
+    "mine_mma.cuh": "mma",
+    "search_tile.cuh": "mma",
+    "gram.cuh": "gram",
+    "lines.cuh": "gram",
+    "tile_product.cuh": "gram",
 }
 
 
@@ -150,7 +179,7 @@ def report_of(bug: str, folder: Path) -> str:
     source.write_text(text.replace(before, after))
     # Not optimised: building takes longer than running.
     options = ["-fsanitize=address"] if "beyond" in bug else []
-    checks = {"mine_wgmma.cuh": "wgmma", "mine_mma.cuh": "mma", "search_tile.cuh": "mma"}.get(file, "pairs")
+    checks = CHECKS.get(file, "pairs")
     process = run(build(folder, folder / "check", *options), 0, SCHEDULES, f"float32 {checks}")
     return "right" if process.returncode == 0 else process.stdout + process.stderr
 

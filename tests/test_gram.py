@@ -48,6 +48,30 @@ def test_gram_matrix_and_its_gradient_match_the_reference(dtype, normalize):
         assert_close(features.grad, exact.grad, TOLERANCE[dtype])
 
 
+@by_dtype
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_gradients_of_channels_of_very_different_size(dtype, channels_last):
+    """Each channel's own gradient is right to its rounding, and what is not finite stays in its channels."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    features = (30 * torch.randn(2, 70, 9, 16)).to(dtype, memory_format=layout).requires_grad_()
+    size = 10 ** torch.linspace(-5, 0, 70, dtype=compute_dtype(dtype))
+    incoming = torch.randn(2, 70, 70, dtype=compute_dtype(dtype)) * size * size[:, None]
+    exact = features.detach().double().requires_grad_()
+    gram_matrix(features, normalize="none").backward(incoming)
+    reference.gram_matrix(exact, normalize="none").backward(incoming.double())
+    error = (features.grad.double() - exact.grad).flatten(2).norm(dim=2)
+    assert (error <= TOLERANCE[dtype] * exact.grad.flatten(2).norm(dim=2)).all()
+
+    features.grad = None
+    incoming[1, 3, 66] = torch.inf
+    incoming[1, 20, 20] = torch.nan
+    gram_matrix(features, normalize="none").backward(incoming)
+    finite = features.grad.isfinite().flatten(2)
+    broken = torch.zeros(2, 70, dtype=torch.bool)
+    broken[1, [3, 20, 66]] = True
+    assert not finite[broken].any() and finite[~broken].all()
+
+
 def test_gradcheck_on_the_compiled_op():
     for sample in style_samples(small=True):
         features = sample.fresh(requires_grad=True)[0]

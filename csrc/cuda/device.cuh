@@ -80,6 +80,14 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
+// The same of transposed matrices: a lane gets elements l / 4 of rows 2 (l % 4) and the next.
+__device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
 // d += a b^T of one warp: a 16 x 16, b 8 x 16, d 16 x 8 in float. With g = lane / 4 and t = lane % 4, a lane holds
 //   a: rows g, g + 8, g, g + 8 at k = 2t, 2t + 1 (first two registers) and k + 8 (last two)
 //   b: row g at k = 2t, 2t + 1 and k + 8

@@ -9,7 +9,7 @@
 
 namespace deepsim::cuda {
 
-// Channels, or positions, on each side of a tile of products.
+// Channels on each side of a tile of the Gram matrix.
 constexpr int kGramTile = 64;
 
 // [batch, channels, positions] with strides in elements; one of channel_stride and position_stride is 1.
@@ -50,7 +50,7 @@ struct Gram {
 };
 
 // Shares the blocks out. To be called before room is made.
-void plan_gram(Gram& work);
+void plan_gram(Storage storage, Gram& work);
 
 // `tf32`: one pass of products of 11 bits for float32, as torch's own setting allows; otherwise three, which are as good as
 // float32. 16-bit products are exact in one.
@@ -62,7 +62,8 @@ struct GramGradientLayer {
   Features features;
   Features grad;    // where it goes, with strides of its own
   const void* g;    // [batch, channels, channels] in the type of the arithmetic
-  void* symmetric;  // room for a matrix like g
+  void* symmetric;  // room for a matrix like g, aligned to 16 bytes
+  float* row_scale;  // room for [batch, channels]; used for 16-bit features only
   double scale;
   const void* loss;  // of the layer; read for frobenius only
 

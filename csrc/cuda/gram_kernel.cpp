@@ -26,7 +26,7 @@ static_assert(kMostGramLayers == int(kMostLayers));
 
 // Makes room for the sums of what is planned and launches it.
 void run_gram(Gram& work, const at::Tensor& f) {
-  plan_gram(work);
+  plan_gram(storage_of(f.scalar_type()), work);
   const auto compute = f.options().dtype(compute_type(f.scalar_type()));
   const at::Tensor sums = at::empty({work.sum_blocks * kGramTile * kGramTile}, compute);
   at::Tensor partial_losses, finished;
@@ -89,15 +89,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> style_loss(at::TensorList feature
 
 // The gradient of one layer on its way: what the launch writes, and the tensor in the format of the features that it is for.
 struct LayerGradient {
-  at::Tensor grad, out, symmetric;
+  at::Tensor grad, out, symmetric, row_scale;
 
   LayerGradient(const at::Tensor& features, const at::Tensor& f, GramGradientLayer& layer)
       : grad(at::empty_like(features)),
         out(with_adjacent_axis(grad)),
-        symmetric(at::empty({f.size(0), f.size(1), f.size(1)}, f.options().dtype(compute_type(f.scalar_type())))) {
+        symmetric(at::empty({f.size(0), f.size(1), f.size(1)}, f.options().dtype(compute_type(f.scalar_type())))),
+        row_scale(at::empty({f.size(0), f.size(1)}, f.options().dtype(at::kFloat))) {
     layer.features = features_of(f);
     layer.grad = features_of(out);
     layer.symmetric = symmetric.mutable_data_ptr();
+    layer.row_scale = row_scale.mutable_data_ptr<float>();
   }
 
   at::Tensor finish() const {

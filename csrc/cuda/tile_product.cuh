@@ -1,17 +1,15 @@
-// A kGramTile x kGramTile tile of products A B^T by one block of kProductThreads threads, for matrices that lie either way round in
-// memory: TF32 tensor cores for float32 and 16-bit storage, plain arithmetic for float64.
+// A kGramTile x kColumns tile of products A B^T by one block, for matrices that lie either way round in memory: tensor cores for
+// float32 (as TF32) and 16-bit storage, plain arithmetic for float64.
 //
-// 16-bit numbers are TF32 numbers already. A float32 is the sum of two: the upper 11 bits of its fraction, and the rest rounded to
-// as many; products of the two small parts are left out, which leaves an error of 2^-22.
+// A float32 is the sum of two TF32 numbers: the upper 11 bits of its fraction, and the rest rounded to as many; products of the two
+// small parts are left out, which leaves an error of 2^-22. 16-bit numbers are multiplied as they are. Where A is a float32 matrix and
+// B holds 16-bit numbers, A comes as the sum of two 16-bit matrices.
 #pragma once
 
 #include "gram.h"
-#include "warp.cuh"
+#include "lines.cuh"
 
 namespace deepsim::cuda {
-
-constexpr int kProductThreads = 256;
-constexpr int kPieceElements = 4;  // that a thread loads at a time along the depth
 
 // A [rows, depth] matrix in storage S; one of the strides (in elements) is 1.
 template <class S>
@@ -20,78 +18,62 @@ struct Matrix {
   int64_t rows, depth, row_stride, depth_stride;
 };
 
-template <class S>
-struct alignas(kPieceElements * sizeof(S)) Quad {
-  S element[kPieceElements];
-};
+// kRows rows of a matrix and as much of the depth as 128 bytes hold, as they lie in memory: `along` with a row on a line, or `across`
+// with one position of the depth, where rows are adjacent.
+template <class S, int kRows>
+union Operand {
+  static constexpr int kDepth = 128 / sizeof(S);
+  // Lines are 4 banks apart, modulo 32: the eight that ldmatrix reads at a time fill all. Single floats are read from four lines and
+  // eight rows at a time: lines 8 banks apart.
+  Lines<S, kRows, kDepth, 16> along;
+  Lines<S, kDepth, kRows, sizeof(S) == 4 ? 32 : 16> across;
 
-// A thread's share of kGramTile rows and kDepth columns of a matrix, on its way through registers.
-template <class T, int kDepth>
-struct Fetched {
-  static constexpr int kAcross = kDepth / kPieceElements;  // pieces in a row
-  static constexpr int kPieces = kGramTile * kAcross / kProductThreads;
-  T piece[kPieces][kPieceElements];
-
-  // Neighbouring threads take what lies beside each other in memory.
-  template <class S>
-  __device__ __forceinline__ static void place(const Matrix<S>& m, int q, int& row, int& column) {
-    const int i = int(threadIdx.x) + q * kProductThreads;
-    const bool along_depth = m.depth_stride == 1;
-    row = along_depth ? i / kAcross : i % kGramTile;
-    column = (along_depth ? i % kAcross : i / kGramTile) * kPieceElements;
+  template <bool kAcross, int kThreads>
+  __device__ __forceinline__ void load(const Matrix<S>& m, int64_t first_row, int64_t first, int64_t end) {
+    const int64_t rows = m.rows - first_row, depth = end - first;
+    if constexpr (kAcross) {
+      across.template load<kThreads>(m.data + first * m.depth_stride + first_row, m.depth_stride, depth, rows);
+    } else {
+      along.template load<kThreads>(m.data + first_row * m.row_stride + first, m.row_stride, rows, depth);
+    }
   }
 
-  // Rows from first_row, columns [first, end); zero beyond the matrix and the end.
-  template <class S>
-  __device__ __forceinline__ void fetch(const Matrix<S>& m, int64_t first_row, int64_t first, int64_t end) {
+  template <bool kAcross>
+  __device__ __forceinline__ S at(int row, int k) const {
+    return kAcross ? *across.at(k, row) : *along.at(row, k);
+  }
+
+  // 16 rows and 32 bytes of the depth, the step-th, as fragments of tensor cores (see ptx::mma, ptx::mma_tf32): rows 0 to 7 and 8 to 15
+  // of the first half of the depth, then of the second.
+  template <bool kAcross>
+  __device__ __forceinline__ void read(uint32_t (&r)[4], int first_row, int step) const {
+    const int lane = lane_index();
+    if constexpr (!kAcross) {
+      ptx::ldmatrix_x4(r, along.line[first_row + lane % 16] + step * 32 + lane / 16 * 16);
+    } else if constexpr (sizeof(S) == 2) {
+      ptx::ldmatrix_x4_transposed(r, across.at(step * 16 + lane / 16 * 8 + lane % 8, first_row + lane / 8 % 2 * 8));
+    } else {
 #pragma unroll
-    for (int q = 0; q < kPieces; ++q) {
-      int row, column;
-      place(m, q, row, column);
-      const int64_t k = first + column;
-      const bool inside = first_row + row < m.rows;
-      const S* from = m.data + (inside ? first_row + row : 0) * m.row_stride + k * m.depth_stride;
-      if (inside && m.depth_stride == 1 && k + kPieceElements <= end && reinterpret_cast<uintptr_t>(from) % sizeof(Quad<S>) == 0) {
-        const Quad<S> quad = *reinterpret_cast<const Quad<S>*>(from);
-        for (int e = 0; e < kPieceElements; ++e) piece[q][e] = T(widen(quad.element[e]));
-      } else {
-        for (int e = 0; e < kPieceElements; ++e) {
-          piece[q][e] = inside && k + e < end ? T(widen(from[e * m.depth_stride])) : T(0);
-        }
-      }
+      for (int h = 0; h < 4; ++h) r[h] = __float_as_uint(*across.at(step * 8 + h / 2 * 4 + lane % 4, first_row + h % 2 * 8 + lane / 4));
     }
   }
 };
 
-// ---- float: TF32 tensor cores ----
+// ---- float32 and 16 bits: tensor cores ----
 
-// Whether the small parts of A and B take part.
-template <bool kSplitA, bool kSplitB>
+// kColumns: of the tile. kLefts: of how many matrices A is the sum. kSplit: whether the small parts of float32 take part.
+template <class S, int kColumns_, int kLefts_, bool kSplit>
 struct TensorProduct {
+  using Storage = S;
   using T = float;
-  static constexpr int kDepth = 32;
+  static constexpr int kColumns = kColumns_, kLefts = kLefts_;
 
-  // 16-byte pieces of row r stand at piece ^ (r % 8), so that ldmatrix meets no bank twice.
-  struct alignas(16) Operand {
-    unsigned char row[kGramTile][kDepth * sizeof(float)];
-  };
-
-  // Two by four warps of 32 x 16; in each, 16 x 8 fragments.
-  static constexpr int kWarpsAcross = 4, kRowFragments = 2, kColumnFragments = 2;
-  static constexpr int kWarpRows = 16 * kRowFragments, kWarpColumns = 8 * kColumnFragments;
+  // Warps of 32 x 32, two of them down and the others across.
+  static constexpr int kWarpTile = 32, kWarpsAcross = kColumns / kWarpTile, kThreads = kGramTile / kWarpTile * kWarpsAcross * kWarp;
+  static constexpr int kRowFragments = kWarpTile / 16, kColumnFragments = kWarpTile / 8;
+  // As many as registers allow: the gradient's threads have half as many, and small parts take twice as many.
+  static constexpr int kSteps = 4, kStepsAtOnce = kSplit || kColumns > kGramTile ? 1 : kSteps;
   float sum[kRowFragments][kColumnFragments][4] = {};
-
-  template <class S>
-  __device__ __forceinline__ static void store(const Fetched<float, kDepth>& fetched, const Matrix<S>& m, Operand& to) {
-#pragma unroll
-    for (int q = 0; q < Fetched<float, kDepth>::kPieces; ++q) {
-      int row, column;
-      fetched.place(m, q, row, column);
-      Quad<float> quad;
-      for (int e = 0; e < kPieceElements; ++e) quad.element[e] = fetched.piece[q][e];
-      *reinterpret_cast<Quad<float>*>(to.row[row] + ((column / kPieceElements) ^ (row % 8)) * sizeof(quad)) = quad;
-    }
-  }
 
   // Leaves the upper part in `bits` and returns the rest, rounded to what TF32 keeps.
   __device__ __forceinline__ static uint32_t split(uint32_t& bits) {
@@ -100,39 +82,48 @@ struct TensorProduct {
     return rest != rest ? 0x7fc00000u : __float_as_uint(rest) + 0x1000u;
   }
 
-  __device__ __forceinline__ void add(const Operand& a, const Operand& b) {
-    const int lane = lane_index(), warp = int(threadIdx.x) / kWarp;
-    const int first_row = warp / kWarpsAcross * kWarpRows, first_column = warp % kWarpsAcross * kWarpColumns;
+  __device__ __forceinline__ static void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    if constexpr (sizeof(S) == 4) {
+      ptx::mma_tf32(d, a, b);
+    } else {
+      ptx::mma(S{}, d, a, b);
+    }
+  }
+
+  template <bool kAcrossA, bool kAcrossB>
+  __device__ __forceinline__ void add(const Operand<S, kGramTile> (&a)[kLefts], const Operand<S, kColumns>& b) {
+    const int warp = int(threadIdx.x) / kWarp;
+    const int first_row = warp / kWarpsAcross * kWarpTile, first_column = warp % kWarpsAcross * kWarpTile;
     // Tensor cores cut off what does not fit; over thousands of positive terms that would lean to one side. So they add up
-    // kDepth columns only, and the rest of the way is plain, rounded arithmetic.
+    // what an operand holds, and the rest of the way is plain, rounded arithmetic.
     float part[kRowFragments][kColumnFragments][4] = {};
-#pragma unroll 1  // more at a time would spill
-    for (int piece = 0; piece < kDepth / kPieceElements; piece += 2) {  // eight columns
-      uint32_t big_a[kRowFragments][4], small_a[kRowFragments][4], big_b[kColumnFragments][2], small_b[kColumnFragments][2];
-#pragma unroll
-      for (int i = 0; i < kRowFragments; ++i) {
-        const int row = first_row + i * 16 + lane % 16;
-        ptx::ldmatrix_x4(big_a[i], a.row[row] + ((piece + lane / 16) ^ (row % 8)) * 16);
-        for (int r = 0; r < 4; ++r) small_a[i][r] = kSplitA ? split(big_a[i][r]) : 0;
-      }
+#pragma unroll kStepsAtOnce
+    for (int step = 0; step < kSteps; ++step) {
+      uint32_t big_b[kColumnFragments][2], small_b[kColumnFragments][2];
 #pragma unroll
       for (int j = 0; j < kColumnFragments; j += 2) {
-        const int row = first_column + j * 8 + lane / 16 * 8 + lane % 8;
         uint32_t r[4];
-        ptx::ldmatrix_x4(r, b.row[row] + ((piece + lane / 8 % 2) ^ (row % 8)) * 16);
+        b.template read<kAcrossB>(r, first_column + j * 8, step);
         for (int h = 0; h < 4; ++h) {
-          const uint32_t rest = kSplitB ? split(r[h]) : 0;
-          big_b[j + h / 2][h % 2] = r[h];
-          small_b[j + h / 2][h % 2] = rest;
+          small_b[j + h % 2][h / 2] = kSplit ? split(r[h]) : 0;
+          big_b[j + h % 2][h / 2] = r[h];
         }
       }
 #pragma unroll
       for (int i = 0; i < kRowFragments; ++i) {
 #pragma unroll
-        for (int j = 0; j < kColumnFragments; ++j) {
-          if constexpr (kSplitA) ptx::mma_tf32(part[i][j], small_a[i], big_b[j]);
-          if constexpr (kSplitB) ptx::mma_tf32(part[i][j], big_a[i], small_b[j]);
-          ptx::mma_tf32(part[i][j], big_a[i], big_b[j]);
+        for (int left = kLefts - 1; left >= 0; --left) {  // small ones first
+          uint32_t big_a[4], small_a[4];
+          a[left].template read<kAcrossA>(big_a, first_row + i * 16, step);
+          for (int h = 0; h < 4; ++h) small_a[h] = kSplit ? split(big_a[h]) : 0;
+#pragma unroll
+          for (int j = 0; j < kColumnFragments; ++j) {
+            if constexpr (kSplit) {
+              multiply(part[i][j], small_a, big_b[j]);
+              multiply(part[i][j], big_a, small_b[j]);
+            }
+            multiply(part[i][j], big_a, big_b[j]);
+          }
         }
       }
     }
@@ -143,91 +134,94 @@ struct TensorProduct {
         for (int e = 0; e < 4; ++e) sum[i][j][e] += part[i][j][e];
   }
 
-  // f(row, column, sum of products), for this thread's part of the tile.
+  // f(row, column, sum of products there, and in the next column), for this thread's part of the tile.
   template <class F>
-  __device__ __forceinline__ void for_each(F f) const {
+  __device__ __forceinline__ void for_each_pair(F f) const {
     const int lane = lane_index(), warp = int(threadIdx.x) / kWarp;
-    const int row = warp / kWarpsAcross * kWarpRows + lane / 4, column = warp % kWarpsAcross * kWarpColumns + lane % 4 * 2;
+    const int row = warp / kWarpsAcross * kWarpTile + lane / 4, column = warp % kWarpsAcross * kWarpTile + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < kRowFragments; ++i)
 #pragma unroll
       for (int j = 0; j < kColumnFragments; ++j)
-        for (int e = 0; e < 4; ++e) f(row + i * 16 + e / 2 * 8, column + j * 8 + e % 2, sum[i][j][e]);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) f(row + i * 16 + h * 8, column + j * 8, sum[i][j][h * 2], sum[i][j][h * 2 + 1]);
   }
 };
 
-// ---- double: plain arithmetic ----
+// ---- float64: plain arithmetic ----
 
 struct PlainProduct {
+  using Storage = double;
   using T = double;
-  static constexpr int kDepth = 16;
+  static constexpr int kColumns = kGramTile, kLefts = 1, kThreads = 128;
 
-  struct Operand {
-    double column[kDepth][kGramTile + 2];  // two more: what is stored down a column falls into different banks
-  };
+  // 16 threads down, of 4 rows 16 apart; the others across, of 4 pairs of columns.
+  static constexpr int kDown = 16, kAcross = kThreads / kDown, kRows = kGramTile / kDown, kPairs = kColumns / kAcross / 2;
+  double sum[kRows][kPairs][2] = {};
 
-  // 16 x 16 threads of 4 x 4 elements, 16 rows and columns apart: neighbours read neighbouring words.
-  static constexpr int kDown = 16, kAcross = kProductThreads / kDown;
-  double sum[kGramTile / kDown][kGramTile / kAcross] = {};
-
-  template <class S>
-  __device__ __forceinline__ static void store(const Fetched<double, kDepth>& fetched, const Matrix<S>& m, Operand& to) {
-    for (int q = 0; q < Fetched<double, kDepth>::kPieces; ++q) {
-      int row, column;
-      fetched.place(m, q, row, column);
-      for (int e = 0; e < kPieceElements; ++e) to.column[column + e][row] = fetched.piece[q][e];
-    }
-  }
-
-  __device__ __forceinline__ void add(const Operand& a, const Operand& b) {
-    const int row = int(threadIdx.x) % kDown, column = int(threadIdx.x) / kDown;
-    for (int k = 0; k < kDepth; ++k)
+  template <bool kAcrossA, bool kAcrossB>
+  __device__ __forceinline__ void add(const Operand<double, kGramTile> (&a)[1], const Operand<double, kColumns>& b) {
+    const int row = int(threadIdx.x) % kDown, column = int(threadIdx.x) / kDown * 2;
+#pragma unroll 1  // more at a time would spill
+    for (int k = 0; k < Operand<double, kColumns>::kDepth; ++k)
 #pragma unroll
-      for (int i = 0; i < kGramTile / kDown; ++i)
+      for (int j = 0; j < kPairs; ++j)
 #pragma unroll
-        for (int j = 0; j < kGramTile / kAcross; ++j) sum[i][j] += a.column[k][row + i * kDown] * b.column[k][column + j * kAcross];
+        for (int i = 0; i < kRows; ++i)
+          for (int e = 0; e < 2; ++e) {
+            sum[i][j][e] += a[0].template at<kAcrossA>(row + i * kDown, k) * b.template at<kAcrossB>(column + j * 2 * kAcross + e, k);
+          }
   }
 
   template <class F>
-  __device__ __forceinline__ void for_each(F f) const {
-    const int row = int(threadIdx.x) % kDown, column = int(threadIdx.x) / kDown;
+  __device__ __forceinline__ void for_each_pair(F f) const {
+    const int row = int(threadIdx.x) % kDown, column = int(threadIdx.x) / kDown * 2;
 #pragma unroll
-    for (int i = 0; i < kGramTile / kDown; ++i)
+    for (int i = 0; i < kRows; ++i)
 #pragma unroll
-      for (int j = 0; j < kGramTile / kAcross; ++j) f(row + i * kDown, column + j * kAcross, sum[i][j]);
+      for (int j = 0; j < kPairs; ++j) f(row + i * kDown, column + j * 2 * kAcross, sum[i][j][0], sum[i][j][1]);
   }
 };
 
 // ---- the loop ----
 
+// What is multiplied at a time.
 template <class Product>
-struct ProductShared {
-  typename Product::Operand a[2], b[2];  // one is read while the other is filled
+struct ProductStage {
+  Operand<typename Product::Storage, kGramTile> a[Product::kLefts];
+  Operand<typename Product::Storage, Product::kColumns> b;
 };
 
 // Adds the products of columns [begin, end) of A's rows from first_a and B's rows from first_b. `same`: they are the same rows of
-// the same matrix, which are then loaded once.
-template <class Product, class A, class B>
-__device__ __forceinline__ void multiply(Product& product, ProductShared<Product>& shared, const Matrix<A>& a, int64_t first_a,
-                                         const Matrix<B>& b, int64_t first_b, bool same, int64_t begin, int64_t end) {
-  Fetched<typename Product::T, Product::kDepth> next_a, next_b;
-  const auto fetch = [&](int64_t k) {
-    next_a.fetch(a, first_a, k, end);
-    if (!same) next_b.fetch(b, first_b, k, end);
+// the same matrix, which are then loaded once. All but one of the stages are on their way while that one is multiplied.
+template <bool kAcrossA, bool kAcrossB, class Product, int kStages, class S>
+__device__ __forceinline__ void multiply(Product& product, ProductStage<Product> (&stages)[kStages], const Matrix<S> (&a)[Product::kLefts],
+                                         int64_t first_a, const Matrix<S>& b, int64_t first_b, bool same, int64_t begin, int64_t end) {
+  constexpr int kDepth = Operand<S, kGramTile>::kDepth;
+  const int chunks = int((end - begin + kDepth - 1) / kDepth);
+  const auto load = [&](int chunk) {
+    if (chunk < chunks) {
+      auto& stage = stages[chunk % kStages];
+      const int64_t first = begin + int64_t(chunk) * kDepth;
+#pragma unroll
+      for (int left = 0; left < Product::kLefts; ++left) {
+        stage.a[left].template load<kAcrossA, Product::kThreads>(a[left], first_a, first, end);
+      }
+      if (!same) stage.b.template load<kAcrossB, Product::kThreads>(b, first_b, first, end);
+    }
+    ptx::cp_async_commit();  // a group for every chunk, also where there is none, keeps the count right
   };
-  const auto store = [&](int stage) {
-    Product::store(next_a, a, shared.a[stage]);
-    if (!same) Product::store(next_b, b, shared.b[stage]);
-  };
-  fetch(begin);
-  store(0);
-  int stage = 0;
-  for (int64_t k = begin; k < end; k += Product::kDepth, stage ^= 1) {
-    __syncthreads();  // this stage is filled, and all are through with the other
-    const bool more = k + Product::kDepth < end;
-    if (more) fetch(k + Product::kDepth);
-    product.add(shared.a[stage], same ? shared.a[stage] : shared.b[stage]);
-    if (more) store(stage ^ 1);
+  for (int chunk = 0; chunk < kStages - 1; ++chunk) load(chunk);
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    ptx::cp_async_wait<kStages - 2>();
+    __syncthreads();  // this chunk is there for all, and nobody needs the one before
+    load(chunk + kStages - 1);
+    const auto& stage = stages[chunk % kStages];
+    if constexpr (Product::kColumns == kGramTile) {
+      product.template add<kAcrossA, kAcrossB>(stage.a, same ? stage.a[0] : stage.b);
+    } else {
+      product.template add<kAcrossA, kAcrossB>(stage.a, stage.b);
+    }
   }
 }
 

@@ -95,29 +95,38 @@ struct MatrixShared {
   alignas(16) uint16_t row[32][8];
 };
 
+template <bool kTransposed>
 __global__ void ldmatrix_kernel(const uint16_t* in, uint32_t* out) {
   auto& shared = shared_memory<MatrixShared>();
   for (int i = lane_index(); i < 256; i += 32) shared.row[i / 8][i % 8] = in[i];
   __syncwarp();
   uint32_t r[4];
-  ptx::ldmatrix_x4(r, shared.row[(lane_index() * 5) % 32]);  // rows in another order than lanes
+  const void* row = shared.row[(lane_index() * 5) % 32];  // rows in another order than lanes
+  if constexpr (kTransposed) {
+    ptx::ldmatrix_x4_transposed(r, row);
+  } else {
+    ptx::ldmatrix_x4(r, row);
+  }
   for (int m = 0; m < 4; ++m) out[m * 32 + lane_index()] = r[m];
 }
 
-void check_ldmatrix(std::mt19937& random) {
+template <bool kTransposed>
+void check_ldmatrix(const std::string& name, std::mt19937& random) {
   Buffer<uint16_t> in(256);
   Buffer<uint32_t> out(128);
   for (int i = 0; i < 256; ++i) in[i] = uint16_t(random());
-  launch(ldmatrix_kernel, 1, 32, sizeof(MatrixShared), nullptr, &in[0], &out[0]);
+  launch(ldmatrix_kernel<kTransposed>, 1, 32, sizeof(MatrixShared), nullptr, &in[0], &out[0]);
   synchronize();
   bool right = true;
   for (int m = 0; m < 4; ++m) {
     for (int l = 0; l < 32; ++l) {
-      const int row = (m * 8 + l / 4) * 5 % 32, k = l % 4 * 2;
-      right &= out[m * 32 + l] == (uint32_t(in[row * 8 + k]) | uint32_t(in[row * 8 + k + 1]) << 16);
+      const auto element = [&](int i, int k) {
+        return uint32_t(kTransposed ? in[(m * 8 + k) * 5 % 32 * 8 + i] : in[(m * 8 + i) * 5 % 32 * 8 + k]);
+      };
+      right &= out[m * 32 + l] == (element(l / 4, l % 4 * 2) | element(l / 4, l % 4 * 2 + 1) << 16);
     }
   }
-  expect(right, "ldmatrix_x4");
+  expect(right, name);
 }
 
 // One product of a 16 x kDepth and an 8 x kDepth matrix, given row by row.
@@ -378,7 +387,8 @@ int main() {
     check_conversions<Half>("float16", random);
     check_conversions<BFloat16>("bfloat16", random);
     check_copies(random);
-    check_ldmatrix(random);
+    check_ldmatrix<false>("ldmatrix_x4", random);
+  check_ldmatrix<true>("ldmatrix_x4_transposed", random);
     check_mma<Half, 16>("mma float16", mma_kernel<Half>, random);
     check_mma<BFloat16, 16>("mma bfloat16", mma_kernel<BFloat16>, random);
     check_mma<float, 8>("mma_tf32", mma_tf32_kernel, random);

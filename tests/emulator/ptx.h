@@ -49,18 +49,29 @@ void cp_async_wait() {
   }
 }
 
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, int line = __builtin_LINE()) {
+template <bool kTransposed>
+void ldmatrix(uint32_t (&r)[4], const void* row, int line) {
   struct Slot {
     const unsigned char* row;
     uint32_t* r;
   } slot{static_cast<const unsigned char*>(row), r};
   if (reinterpret_cast<uintptr_t>(row) % 16) emulator::fail("ldmatrix: not 16-byte aligned");
   emulator::warp_operation("ldmatrix", line, ~0u, &slot, [](void** slots) {
-    for (int matrix = 0; matrix < 4; ++matrix)
-      for (int l = 0; l < 32; ++l)
-        std::memcpy(&static_cast<Slot*>(slots[l])->r[matrix], static_cast<Slot*>(slots[matrix * 8 + l / 4])->row + l % 4 * 4, 4);
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      const auto row_of = [&](int i) { return static_cast<Slot*>(slots[matrix * 8 + i])->row; };
+      for (int l = 0; l < 32; ++l) {
+        uint16_t pair[2];
+        for (int e = 0; e < 2; ++e) {
+          const int i = l / 4, k = l % 4 * 2 + e;
+          std::memcpy(&pair[e], kTransposed ? row_of(k) + i * 2 : row_of(i) + k * 2, 2);
+        }
+        static_cast<Slot*>(slots[l])->r[matrix] = uint32_t(pair[0]) | uint32_t(pair[1]) << 16;
+      }
+    }
   });
 }
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, int line = __builtin_LINE()) { ldmatrix<false>(r, row, line); }
+inline void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row, int line = __builtin_LINE()) { ldmatrix<true>(r, row, line); }
 
 // sum + x[0] y[0] + x[1] y[1] + ... as tensor cores add: every term is brought to the exponent of the largest and cut off kGuardBits
 // behind the last bit that a float would have there; so is their exact sum. NVIDIA publishes nothing about it. Measurements
