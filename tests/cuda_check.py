@@ -3,7 +3,7 @@
 Compiles every csrc/cuda/*.cu for each architecture and prints a table of the kernels: registers, shared
 memory, blocks that fit on a multiprocessor at once, tensor-core instructions. Fails on a warning, a spill,
 local memory, a kernel that should use tensor cores and does not, a kernel of which fewer blocks fit than its
-design counts on, and a kernel it has not heard of.
+design counts on, and a kernel it has not heard of. The programs that gpu-check runs have to compile.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from .gpu_check import CHECK_FLAGS
 
 ROOT = Path(__file__).parents[1]
 
@@ -179,6 +181,12 @@ def compile_for(source: Path, architecture: str, folder: Path) -> list[Kernel]:
     return kernels
 
 
+def compile_program(source: Path, folder: Path) -> None:
+    """Compiles a program that gpu-check builds first, for Hopper."""
+    options = [*CHECK_FLAGS, "-DDEEPSIM_SM_90A", "-arch=sm_90a", "-c"]
+    run(find("nvcc"), *options, source, "-o", folder / f"{source.stem}.o")
+
+
 def shared_bytes(folder: Path) -> dict[str, int]:
     """Dynamic shared memory by kernel, from the structs themselves."""
     source, program = folder / "shared.cpp", folder / "shared"
@@ -229,7 +237,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor() as pool:
         folder = Path(temporary)
         jobs = [(source, architecture) for source in sources for architecture in SHARED_BYTES]
+        programs = pool.map(
+            lambda name: compile_program(ROOT / "tests" / "emulator" / name, folder),
+            ("check_kernels.cpp", "check_wrappers.cpp"),
+        )
         found = [k for kernels in pool.map(lambda job: compile_for(*job, folder), jobs) for k in kernels]
+        list(programs)  # an end of the check if one failed
         shared = shared_bytes(folder)
     names = run("c++filt", *(k.symbol for k in found)).splitlines()
     wrong = []

@@ -69,6 +69,13 @@ void find_centre(const Batch& batch, const TileMining& mining, void* stream) {
 // Of one launch; CUDA takes fewer than 2^31.
 constexpr int64_t kMostBlocks = int64_t(1) << 30;
 
+// How many places there are in the walk over tiles.
+void plan_walk(TileArguments& a) {
+  const int64_t down = blocks_for(a.row_tiles, kSquare), across = blocks_for(a.column_tiles, kSquare);
+  a.beside_diagonal = a.self_form ? a.row_tiles - 1 : 0;
+  a.tiles = a.beside_diagonal + (a.self_form ? down * (down + 1) / 2 : down * across) * kSquare * kSquare;
+}
+
 template <class Operand>
 void mine_packed(const Batch& batch, const TileMining& mining, void* stream) {
   TileArguments a;
@@ -80,8 +87,7 @@ void mine_packed(const Batch& batch, const TileMining& mining, void* stream) {
   a.self_form = batch.self_form;
   a.positive = mining.positive;
   a.negative = mining.negative;
-  const int64_t down = blocks_for(a.row_tiles, kSquare), across = blocks_for(a.column_tiles, kSquare);
-  a.tiles = (a.self_form ? down * (down + 1) / 2 : down * across) * kSquare * kSquare;
+  plan_walk(a);
   const auto run_kind = [&](auto deep) {
     constexpr bool kDeep = decltype(deep)::value;
     if (mining.by_wgmma) {

@@ -210,6 +210,13 @@ __device__ __forceinline__ unsigned long long load_relaxed(const unsigned long l
   return v;
 }
 
+// The same of one that other threads of the block may be changing, in shared memory.
+__device__ __forceinline__ int32_t load_relaxed_shared(const int32_t* p) {
+  int32_t v;
+  asm volatile("ld.relaxed.cta.shared.s32 %0, [%1];" : "=r"(v) : "r"(shared_address(p)) : "memory");
+  return v;
+}
+
 }  // namespace ptx
 
 // Throws what CUDA has to say against a call.

@@ -25,7 +25,7 @@ struct WgmmaShared {
   // Chunk c of all that the block multiplies is in stage c % kWgmmaStages: `full` when it has come, `empty` when all warps have read
   // it; phase c / kWgmmaStages.
   ptx::Mbarrier full[kWgmmaStages], empty[kWgmmaStages];
-  // The block's tiles: its i-th is at i % kUpcoming, down to row -1 behind the last. `next` is the first that is not there yet.
+  // The block's tiles: its i-th is at i % kUpcoming, down to row -1 behind the last. `next` is the first place that was not looked at.
   TileIndex upcoming[kUpcoming];
   int64_t next;
   // What is copied next: chunk `chunk` of the `loading`-th tile. It will be the `loaded`-th of all.
@@ -35,9 +35,9 @@ struct WgmmaShared {
 // The steps of one thread. What it remembers is in shared memory: registers are for products, and all threads have as many.
 
 __device__ __forceinline__ void add_upcoming(WgmmaShared& shared, const TileArguments& a, int i) {
-  const int64_t t = next_tile(shared.next, a);
-  shared.upcoming[i % kUpcoming] = t < a.tiles ? tile_index(t, a) : TileIndex{-1, -1};
-  shared.next = t < a.tiles ? t + gridDim.x : t;
+  TileIndex tile{-1, -1};
+  for (; tile.row < 0 && shared.next < a.tiles; shared.next += gridDim.x) tile = tile_index(shared.next, a);
+  shared.upcoming[i % kUpcoming] = tile;
 }
 
 __device__ __forceinline__ void load_next_chunk(WgmmaShared& shared, const TileArguments& a) {
@@ -62,7 +62,9 @@ __device__ __forceinline__ void load_next_chunk(WgmmaShared& shared, const TileA
 template <class Operand>
 __device__ __forceinline__ void start_products(WgmmaProducts& products, uint32_t (&a)[kSteps][4], uint32_t (&swapped)[kSteps][4],
                                                const unsigned char (&stage)[2][kChunkTileBytes], bool accumulate) {
-  const int lane = lane_index(), warp = int(threadIdx.x) / kWarp;
+  int thread = int(threadIdx.x);
+  ptx::forget(thread);  // see search
+  const int lane = thread % kWarp, warp = thread / kWarp;
   // Lanes 0-15 point ldmatrix at the warp's 16 rows, lanes 16-31 at the next piece of the same.
   const unsigned char* rows = stage[0] + (warp * 16 + lane % 16) * kChunkBytes;
 #pragma unroll

@@ -41,13 +41,16 @@ struct TileDescription {
 struct TileArguments {
   PackedSet rows, columns;
   int64_t row_tiles, column_tiles;
-  int64_t tiles;  // with those of squares that reach over an edge
+  int64_t beside_diagonal;  // tiles that come before the squares
+  int64_t tiles;            // places of the walk, with those of squares that are no tiles
   int chunks;  // of a row of the operands
   bool self_form;
   unsigned long long *positive, *negative;
 };
 
-// Tiles are walked in squares, so that the blocks that run together share what is in L2.
+// Tiles are walked in squares, so that the blocks that run together share what is in L2. In the self form those beside the diagonal come
+// before: they tell every row and column how good a value has to be. Where nothing is known all values are better, and a tile takes
+// several times as long; without these half of the tiles would begin so at N=16,384.
 constexpr int64_t kSquare = 8;
 
 struct TileIndex {
@@ -62,22 +65,17 @@ __device__ __forceinline__ TileIndex triangle_index(int64_t t) {
   return {t - column * (column + 1) / 2, column};
 }
 
+// Place t of the walk; row -1 if that is over an edge, below the diagonal, or one that came before.
 __device__ __forceinline__ TileIndex tile_index(int64_t t, const TileArguments& a) {
+  if (t < a.beside_diagonal) return {t, t + 1};
+  t -= a.beside_diagonal;
   const int64_t square = t / (kSquare * kSquare), within = t % (kSquare * kSquare);
   const int64_t squares_down = (a.row_tiles + kSquare - 1) / kSquare;
   const TileIndex s = a.self_form ? triangle_index(square) : TileIndex{square % squares_down, square / squares_down};
-  return {s.row * kSquare + within % kSquare, s.column * kSquare + within / kSquare};
-}
-
-// Squares reach over the edges of what is to be computed.
-__device__ __forceinline__ bool is_computed(const TileIndex& tile, const TileArguments& a) {
-  return tile.row < a.row_tiles && tile.column < a.column_tiles && (!a.self_form || tile.row <= tile.column);
-}
-
-// The first of tiles t, t + gridDim.x, t + 2 gridDim.x, ... that is computed; a.tiles or more if there is none.
-__device__ __forceinline__ int64_t next_tile(int64_t t, const TileArguments& a) {
-  while (t < a.tiles && !is_computed(tile_index(t, a), a)) t += gridDim.x;
-  return t;
+  const TileIndex tile{s.row * kSquare + within % kSquare, s.column * kSquare + within / kSquare};
+  const bool outside = tile.row >= a.row_tiles || tile.column >= a.column_tiles;
+  const bool elsewhere = a.self_form && (tile.row > tile.column || tile.row + 1 == tile.column);
+  return outside || elsewhere ? TileIndex{-1, -1} : tile;
 }
 
 // The products that a thread holds: fragments of 16 x 8 as mma leaves them, kDown x kAcross of them.
@@ -108,73 +106,107 @@ struct Corner {
 
 // Makes v the best of row (column) r of the tile if nobody there has a better one. Products of rows so near to each other that v has
 // no digit left may be below 0; which of them is first does not matter, as their anchors choose again (choose_again.cuh).
-template <bool kPositive>
-__device__ __forceinline__ void raise(TileDescription& tile, int side, int r, float v, int32_t index, unsigned long long* keys) {
+__device__ __forceinline__ void raise(TileDescription& tile, bool positive, int side, int r, float v, int32_t index,
+                                      unsigned long long* keys) {
   v = fmaxf(v, 0.0f);
   const int32_t bits = int32_t(__float_as_uint(v));
-  const bool best = kPositive ? bits >= atomicMax(&tile.farthest_now[side][r], bits) : bits <= atomicMin(&tile.nearest_now[side][r], bits);
-  if (best) atomicMax(keys + tile.first[side] + r, key_of(kPositive ? v : -v, uint32_t(index)));
+  int32_t& now = positive ? tile.farthest_now[side][r] : tile.nearest_now[side][r];
+  const auto better = [&](int32_t than) { return positive ? bits >= than : bits <= than; };
+  if (!better(ptx::load_relaxed_shared(&now))) return;  // where nothing was known at first, most are not: a load waits for no other
+  if (better(positive ? atomicMax(&now, bits) : atomicMin(&now, bits))) {
+    atomicMax(keys + tile.first[side] + r, key_of(positive ? v : -v, uint32_t(index)));
+  }
 }
 
-// Values that a thread compares between two branches.
-constexpr int kRowsAtOnce = 2, kColumnsAtOnce = 2;
+// Of a pair.
+__device__ __forceinline__ float value(float2 row, float2 column, float product) {
+  return (row.x + column.x) - product * (row.y * column.y);
+}
 
-// Looks for the largest (kPositive) or smallest values among the pairs that qualify, along the rows and, in the self form, along the
-// columns.
-template <bool kPositive, bool kMixed, class Products>
-__device__ __forceinline__ void search(TileDescription& tile, Products& products, const Corner& corner, unsigned long long* keys,
+// A thread's values in groups of two rows and two columns.
+template <class Products>
+struct Groups {
+  static constexpr int kDown = Products::kRows / 2, kAcross = Products::kColumns / 2, kCount = kDown * kAcross;
+  static_assert(kCount <= 32, "a bit for each");
+};
+
+// Looks for the largest values (of positives) or smallest among the pairs that qualify, along the rows and, in the self form, along the
+// columns: first for the groups in which there is anything better than what was found before, then for what that is. The second part
+// is not done on the way, as its code would stand there for every group, and the few instructions of the first would be far apart.
+template <bool kMixed, class Products>
+__device__ __forceinline__ void search(TileDescription& tile, Products& products, Corner corner, const TileArguments& a, bool positive,
                                        bool diagonal) {
+  // Where each value's row and column stand in shared memory would otherwise be computed before the loop over tiles, and fill the
+  // registers that products need.
+  ptx::forget(corner.row);
+  ptx::forget(corner.column);
+  using G = Groups<Products>;
   const auto& known = tile.half_norm_and_scale;
-  const auto& found = kPositive ? tile.farthest : tile.nearest;
-  const auto better = [](float v, float than) { return kPositive ? v >= than : v <= than; };
+  const auto& found = positive ? tile.farthest : tile.nearest;
+  const float sign = positive ? 1 : -1;
+  const auto better = [&](float v, float than) { return sign * v >= sign * than; };
+  const auto qualifies = [&](int r, int c) -> bool {
+    if (!kMixed) return true;
+    const bool same = tile.label_id[0][r] == tile.label_id[1][c];
+    return (same == positive) & !(positive & diagonal & (r == c));
+  };
+  unsigned long long* keys = positive ? a.positive : a.negative;
+  uint32_t groups = 0;
 #pragma unroll
-  for (int first_row = 0; first_row < Products::kRows; first_row += kRowsAtOnce) {
-    float2 row[kRowsAtOnce];
-    float of_row[kRowsAtOnce];
+  for (int down = 0; down < G::kDown; ++down) {
+    float2 row[2];
+    float of_row[2];
 #pragma unroll
-    for (int i = 0; i < kRowsAtOnce; ++i) {
-      const int r = corner.row + Products::row(first_row + i);
+    for (int i = 0; i < 2; ++i) {
+      const int r = corner.row + Products::row(2 * down + i);
       row[i] = known[0][r];
       of_row[i] = found[0][r];
     }
 #pragma unroll
-    for (int first_column = 0; first_column < Products::kColumns; first_column += kColumnsAtOnce) {
+    for (int across = 0; across < G::kAcross; ++across) {
       __syncwarp();  // keeps the compiler from interleaving groups, which would cost registers
-      float v[kRowsAtOnce][kColumnsAtOnce], of_column[kColumnsAtOnce];
       bool any = false;
 #pragma unroll
-      for (int j = 0; j < kColumnsAtOnce; ++j) {
-        const int c = corner.column + Products::column(first_column + j);
+      for (int j = 0; j < 2; ++j) {
+        const int c = corner.column + Products::column(2 * across + j);
         const float2 column = known[1][c];
-        of_column[j] = found[1][c];
+        const float of_column = found[1][c];
 #pragma unroll
-        for (int i = 0; i < kRowsAtOnce; ++i) {
-          v[i][j] = (row[i].x + column.x) - products.at(first_row + i, first_column + j) * (row[i].y * column.y);
-          any |= better(v[i][j], of_row[i]) || better(v[i][j], of_column[j]);
+        for (int i = 0; i < 2; ++i) {
+          const float v = value(row[i], column, products.at(2 * down + i, 2 * across + j));
+          // Without && and ||, which would be branches.
+          any |= (better(v, of_row[i]) | better(v, of_column)) & qualifies(corner.row + Products::row(2 * down + i), c);
         }
       }
-      if (!any) continue;
+      groups |= uint32_t(any) << (down * G::kAcross + across);
+    }
+  }
+#pragma unroll 1
+  for (; groups != 0; groups &= groups - 1) {
+    const int group = __ffs(groups) - 1;
+    float product[2][2] = {};
 #pragma unroll
-      for (int j = 0; j < kColumnsAtOnce; ++j) {
-        const int c = corner.column + Products::column(first_column + j);
-#pragma unroll
-        for (int i = 0; i < kRowsAtOnce; ++i) {
-          const int r = corner.row + Products::row(first_row + i);
-          if (kMixed) {
-            const bool same = tile.label_id[0][r] == tile.label_id[1][c];
-            if (same != kPositive || (kPositive && diagonal && r == c)) continue;
-          }
-          if (better(v[i][j], of_row[i])) raise<kPositive>(tile, 0, r, v[i][j], tile.original[1][c], keys);
-          if (better(v[i][j], of_column[j])) raise<kPositive>(tile, 1, c, v[i][j], tile.original[0][r], keys);
-        }
-      }
+    for (int g = 0; g < G::kCount; ++g) {  // registers have no index
+      for (int i = 0; i < 2; ++i)
+        for (int j = 0; j < 2; ++j)
+          if (g == group) product[i][j] = products.at(g / G::kAcross * 2 + i, g % G::kAcross * 2 + j);
+    }
+#pragma unroll 1
+    for (int e = 0; e < 4; ++e) {
+      const int r = corner.row + Products::row(group / G::kAcross * 2 + e / 2);
+      const int c = corner.column + Products::column(group % G::kAcross * 2 + e % 2);
+      const float2 products_of_row = e / 2 == 0 ? float2{product[0][0], product[0][1]} : float2{product[1][0], product[1][1]};
+      const float v = value(known[0][r], known[1][c], e % 2 == 0 ? products_of_row.x : products_of_row.y);
+      if (!qualifies(r, c)) continue;
+      if (better(v, found[0][r])) raise(tile, positive, 0, r, v, tile.original[1][c], keys);
+      if (better(v, found[1][c])) raise(tile, positive, 1, c, v, tile.original[0][r], keys);
     }
   }
 }
 
 __device__ __forceinline__ void load_description(TileDescription& out, const TileArguments& a, const TileIndex& tile) {
   int thread = int(threadIdx.x);
-  ptx::forget(thread);  // see search_tile
+  ptx::forget(thread);  // see search
   const int side = thread / int(kTileRows), r = thread % int(kTileRows);
   const PackedSet& set = side == 0 ? a.rows : a.columns;
   const int64_t first = (side == 0 ? tile.row : tile.column) * kTileRows, position = first + r;
@@ -199,18 +231,14 @@ __device__ __forceinline__ void load_description(TileDescription& out, const Til
 // Makes values of products and looks through them.
 template <class Products>
 __device__ __forceinline__ void search_tile(TileDescription& tile, Products& products, Corner corner, const TileArguments& a) {
-  // Where each value's row and column stand in shared memory would otherwise be computed before the loop over tiles, and fill the
-  // registers that products need.
-  ptx::forget(corner.row);
-  ptx::forget(corner.column);
   const int last = int(kTileRows) - 1;
   const bool mixed = tile.label_id[0][0] <= tile.label_id[1][last] && tile.label_id[1][0] <= tile.label_id[0][last];
   const bool diagonal = a.self_form && tile.first[0] == tile.first[1];
   if (mixed) {
-    search<true, true>(tile, products, corner, a.positive, diagonal);
-    search<false, true>(tile, products, corner, a.negative, diagonal);
+#pragma unroll 1
+    for (int positive = 1; positive >= 0; --positive) search<true>(tile, products, corner, a, positive != 0, diagonal);
   } else {
-    search<false, false>(tile, products, corner, a.negative, diagonal);
+    search<false>(tile, products, corner, a, false, diagonal);
   }
 }
 

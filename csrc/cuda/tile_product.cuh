@@ -71,7 +71,7 @@ struct TensorProduct {
   // Warps of 32 x 32, two of them down and the others across.
   static constexpr int kWarpTile = 32, kWarpsAcross = kColumns / kWarpTile, kThreads = kGramTile / kWarpTile * kWarpsAcross * kWarp;
   static constexpr int kRowFragments = kWarpTile / 16, kColumnFragments = kWarpTile / 8;
-  // As many as registers allow: the gradient's threads have half as many, and small parts take twice as many.
+  // As many as registers allow: a thread of the gradient may have 128 only, and small parts take twice as many.
   static constexpr int kSteps = 4, kStepsAtOnce = kSplit || kColumns > kGramTile ? 1 : kSteps;
   float sum[kRowFragments][kColumnFragments][4] = {};
 

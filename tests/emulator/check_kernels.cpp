@@ -21,6 +21,13 @@
 using namespace deepsim;
 using namespace deepsim::cuda;
 
+__global__ void walk_kernel(TileArguments a, int32_t* visits) {
+  const int64_t t = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (t >= a.tiles) return;
+  const TileIndex tile = tile_index(t, a);
+  if (tile.row >= 0) atomicAdd(&visits[tile.row * a.column_tiles + tile.column], 1);
+}
+
 namespace {
 
 int failures = 0;
@@ -558,6 +565,25 @@ void check_gram(const std::string& name, const std::vector<Shape>& shapes, Style
   }
 }
 
+// Every tile is visited once; of the self form those on and above the diagonal.
+void check_walk() {
+  if (!wanted("walk")) return;
+  for (const auto [down, across] : {std::pair{1, 1}, {2, 2}, {8, 8}, {9, 9}, {31, 31}, {3, 20}, {20, 3}, {17, 1}}) {
+    TileArguments a = {};
+    a.row_tiles = down;
+    a.column_tiles = across;
+    a.self_form = down == across;
+    plan_walk(a);
+    Buffer<int32_t> visits(down * across, 0);
+    launch(walk_kernel, blocks_for(a.tiles, 32), 32, 0, nullptr, a, &visits[0]);
+    synchronize();
+    bool right = true;
+    for (int r = 0; r < down; ++r)
+      for (int c = 0; c < across; ++c) right &= visits[r * across + c] == (!a.self_form || r <= c);
+    expect(right, "walk over " + std::to_string(down) + " x " + std::to_string(across) + " tiles");
+  }
+}
+
 template <class S>
 void check_all(const std::string& type, std::mt19937& random) {
   check_batch_hard<S>(type + " direct", 70, 0, 19, 9, Mining::direct, random);
@@ -598,6 +624,7 @@ int main(int argc, char** argv) {
       for (const bool lazy : {true, false}) {
         set_schedule(seed, lazy);
         std::mt19937 random(seed);
+        check_walk();
         check_all<float>("float32", random);
         check_all<double>("float64", random);
         check_all<BFloat16>("bfloat16", random);
