@@ -1,7 +1,8 @@
 """`python -m benchmarks.gpu_expected`: what the CUDA kernels should take on an H200, from bytes and FLOPs.
 
-Written before the first run on a GPU, to be held against it. For each stage the largest of the times that
-memory, L2, tensor cores and plain arithmetic need; stages follow each other. Writes results/gpu_expected.md.
+To be held against what a GPU takes; for what has not run on one yet, written before. For each stage the
+largest of the times that memory, L2, tensor cores and plain arithmetic need; stages follow each other. Writes
+results/gpu_expected.md.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ LAUNCH = 2.5e-6  # seconds from one kernel to the next
 TILE = 128
 SHALLOW = 384  # columns: of deeper float32 rows one block fits on a multiprocessor
 SQUARE = 8  # tiles on a side of what runs together
-# Instructions on a tile's element: half norms, scales, a maximum along the row and one along the column.
-REDUCE_INSTRUCTIONS = 8
+# Instructions on a tile's element: half norms, scales, comparisons along the row and along the column.
+REDUCE_INSTRUCTIONS = 7
+MOST_RANKED = 16384  # numbers that are sorted by counting who comes before
 
 
 @dataclass
@@ -45,6 +47,11 @@ class Stage:
         return work + self.launches * LAUNCH
 
 
+def ranks(count: int) -> Stage:
+    """A sort by counting who comes before."""
+    return Stage("sort", plain=3 * count * count, launches=3)
+
+
 def batch_hard(n: int, d: int, split: bool, itemsize: int, way: str) -> list[Stage]:
     """Forward and backward of the self form by tiles."""
     row = math.ceil(d / (32 if split else 64)) * 128
@@ -57,7 +64,7 @@ def batch_hard(n: int, d: int, split: bool, itemsize: int, way: str) -> list[Sta
     x = n * d * itemsize
     centre = [Stage("centre", memory=x, launches=2)] if itemsize == 4 else []
     return [
-        Stage("sort", memory=8 * 16 * n, launches=4),
+        ranks(n) if n <= MOST_RANKED else Stage("sort", memory=8 * 16 * n, launches=20),
         *centre,
         Stage("pack", memory=x + n * row),
         Stage(
@@ -69,7 +76,8 @@ def batch_hard(n: int, d: int, split: bool, itemsize: int, way: str) -> list[Sta
         ),
         Stage("choose again: whether anybody has to", memory=40 * n),
         Stage("distances and loss", memory=3 * x),
-        Stage("gradient", memory=6 * x, launches=4 if n > 4096 else 2),
+        ranks(2 * n) if 2 * n <= MOST_RANKED else Stage("sort choices", memory=4 * 24 * n, launches=12),
+        Stage("gradient", memory=6 * x, launches=3),
     ]
 
 
@@ -101,18 +109,21 @@ def all_pairs(n: int, d: int, itemsize: int) -> list[Stage]:
 def style(side: int, itemsize: int) -> list[Stage]:
     """Forward and backward of the five layers of VGG19, all of them in two launches each way."""
     stages = [Stage("launches", launches=4)]
+    line = 128 // itemsize  # positions in a chunk
+    products, flops_rate = (3, TF32_FLOPS) if itemsize == 4 else (1, HALF_FLOPS["mma"])
     for name, (channels, factor) in VGG19_LAYERS.items():
         positions = (side // factor) ** 2
         features = channels * positions * itemsize
         down = math.ceil(channels / 64)
-        products = 3 if itemsize == 4 else 1
-        flops = 2 * 64 * 64 * positions * down * (down + 1) / 2
+        tiles = down * (down + 1) / 2
+        slices = max(1, min(math.ceil(396 / tiles), positions // (16 * line)))
         stages.append(
             Stage(
                 f"{name} forward",
                 memory=features,
-                l2=features * (down + 1),
-                tensor=flops * products / TF32_FLOPS,
+                # Rows of both sides, those of the diagonal once; sums of slices, written and read.
+                l2=features * down + 2 * tiles * slices * 64 * 64 * 4,
+                tensor=2 * 64 * 64 * positions * tiles * products / flops_rate,
                 launches=0,
             )
         )
@@ -120,8 +131,9 @@ def style(side: int, itemsize: int) -> list[Stage]:
             Stage(
                 f"{name} gradient",
                 memory=2 * features,
-                l2=features * (down + 1),
-                tensor=2 * channels * channels * positions * max(2, products) / TF32_FLOPS,
+                # Features by tiles of 64 channels; four bytes of the matrix by tiles of 128 positions.
+                l2=features * down + 4 * channels * channels * positions / 128,
+                tensor=2 * channels * channels * positions * max(2, products) / flops_rate,
                 launches=0,
             )
         )

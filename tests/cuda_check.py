@@ -41,6 +41,7 @@ SHARED_SOURCE = """
 #include "csrc/cuda/nearest_neighbors.cu"
 using namespace deepsim::cuda;
 int main() {
+  std::printf("rank_kernel %zu\\n", sizeof(RankShared<int64_t>));
   std::printf("centre_sums_kernel %zu\\n", kCentreThreads * sizeof(double));
   std::printf("mine_direct_kernel %zu\\n", sizeof(DirectShared<double>));
   std::printf("mine_mma_kernel %zu\\n", sizeof(MmaShared));
@@ -79,6 +80,8 @@ class Expectation:
 
 EXPECTATIONS = {
     "norms_kernel": Expectation(),
+    "rank_kernel": Expectation(),
+    "place_kernel": Expectation(),
     "centre_sums_kernel": Expectation(),
     "centre_kernel": Expectation(),
     "pack_kernel": Expectation(),
@@ -91,6 +94,7 @@ EXPECTATIONS = {
     "choose_again_kernel": Expectation(least_blocks=2),
     "finish_kernel": Expectation(least_blocks=2),
     "count_kernel": Expectation(),
+    "prepare_kernel": Expectation(),
     "gradient_kernel": Expectation(least_blocks=2),
     "pair_distances_kernel": Expectation(least_blocks=2),
     "batch_all_rows_kernel": Expectation(least_blocks=2),

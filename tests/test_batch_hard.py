@@ -382,6 +382,21 @@ def test_many_reference_rows_for_one_anchor_and_the_reverse():
             assert torch.equal(got, expected)
 
 
+@by_distance
+def test_a_row_that_everybody_chooses(distance):
+    """Its gradient is a sum over more anchors than one warp of a GPU has lanes, several times over."""
+    direction = torch.nn.functional.normalize(torch.randn(150, 200, dtype=torch.float64) + 0.3)
+    middle = direction.mean(0, keepdim=True)
+    exact = torch.cat([middle, direction, -middle]).requires_grad_()
+    labels = torch.tensor([0] + [1] * 150 + [0])
+    x = exact.detach().float().requires_grad_()
+    anchors, _, negatives = batch_hard_mine(x, labels, distance=distance)
+    assert (negatives[labels[anchors] == 1] == 0).all()
+    batch_hard_triplet_loss(x, labels, margin=3.0, distance=distance, reduction="sum").backward()
+    reference.batch_hard_triplet_loss(exact, labels, margin=3.0, distance=distance, reduction="sum").backward()
+    assert_gradients_agree(x.grad, exact.grad, TOLERANCE[torch.float32])
+
+
 def test_unused_reference_labels_in_the_self_form():
     x, labels = torch.randn(9, 2), torch.arange(9) // 3
     assert torch.equal(batch_hard_triplet_loss(x, labels, x, labels), batch_hard_triplet_loss(x, labels))

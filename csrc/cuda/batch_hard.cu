@@ -9,6 +9,7 @@
 #include "mine_mma.cuh"
 #include "mine_wgmma.cuh"
 #include "pack.cuh"
+#include "sort_by_rank.cuh"
 #include "triplets.cuh"
 
 namespace deepsim::cuda {
@@ -68,6 +69,13 @@ void find_centre(const Batch& batch, const TileMining& mining, void* stream) {
 
 // Of one launch; CUDA takes fewer than 2^31.
 constexpr int64_t kMostBlocks = int64_t(1) << 30;
+
+template <class T>
+void launch_sort(const T* numbers, int64_t count, int32_t* ranks, T* sorted, int64_t* order, void* stream) {
+  const int64_t blocks = blocks_for(count, kRankThreads);
+  launch(rank_kernel<T>, blocks * blocks_for(count, kRankOthers), kRankThreads, sizeof(RankShared<T>), stream, numbers, count, ranks);
+  launch(place_kernel<T>, blocks, kRankThreads, 0, stream, numbers, count, ranks, sorted, order);
+}
 
 // How many places there are in the walk over tiles.
 void plan_walk(TileArguments& a) {
@@ -139,6 +147,14 @@ bool can_use_wgmma() { return has_wgmma(); }
 
 int centre_slices(int64_t rows) { return int(std::clamp<int64_t>(rows / 256, 1, 64)); }
 
+void sort_by_rank(const int64_t* numbers, int64_t count, int32_t* ranks, int64_t* sorted, int64_t* order, void* stream) {
+  launch_sort(numbers, count, ranks, sorted, order, stream);
+}
+
+void sort_by_rank(const int32_t* numbers, int64_t count, int32_t* ranks, int32_t* sorted, int64_t* order, void* stream) {
+  launch_sort(numbers, count, ranks, sorted, order, stream);
+}
+
 void pack_tiles(const Batch& batch, const TileMining& mining, void* stream) {
   if (mining.centre) find_centre<float>(batch, mining, stream);
   with_operand(batch.storage, mining.single_pass, [&](auto s, auto operand) {
@@ -176,10 +192,13 @@ void triplet_gradient(const LossGradient& g, const LossOptions& options, void* s
   dispatch(g.batch.storage, [&](auto s) {
     using S = decltype(s);
     const int64_t anchors = g.batch.anchors.count, columns = blocks_for(g.batch.anchors.depth, kGradientColumns);
-    if (anchors > 0) launch(count_kernel<Compute<S>>, blocks_for(anchors, 256), 256, 0, stream, g, options);
+    if (anchors > 0) {
+      launch(count_kernel<Compute<S>>, blocks_for(anchors, 256), 256, 0, stream, g, options);
+    }
+    launch(prepare_kernel<Compute<S>>, blocks_for(std::max(anchors, g.batch.references.count + 1), 256), 256, 0, stream, g, options);
     const auto run = [&](auto kernel, void* grad, int64_t rows) {
       if (rows == 0) return;
-      launch(kernel, blocks_for(rows, kRowWarps) * columns, kRowThreads, sizeof(GradientShared), stream, g, options, grad, rows);
+      launch(kernel, blocks_for(rows, kRowWarps) * columns, kRowThreads, sizeof(GradientShared), stream, g, grad, rows);
     };
     if (g.batch.self_form) {
       run(gradient_kernel<S, true, true>, g.grad, anchors);

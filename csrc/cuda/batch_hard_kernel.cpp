@@ -22,8 +22,6 @@ namespace {
 // by wgmma): 2^29 differences, N=2048 D=128: 0.083 and 0.165; 2^30, N=4096 D=64: 0.163 and 0.127; 2^31, N=2048 D=512: 0.276 and 0.184.
 constexpr int64_t kMostDirectDifferences = int64_t(1) << 29;
 constexpr int64_t kFewestDirectRows = 1024;
-// Up to this many anchors each row looks for those who chose it itself; beyond, choices are sorted.
-constexpr int64_t kMostSearchedChoices = 4096;
 
 enum class Mining { direct, mma, wgmma };
 
@@ -43,16 +41,28 @@ Mining mining_for(const at::Tensor& anchors, const at::Tensor& references) {
   return wanted == "wgmma" || (wanted.empty() && can_use_wgmma()) ? Mining::wgmma : Mining::mma;
 }
 
+// The numbers in ascending order, and where each of them stood (int64); stable.
+template <class T>
+std::tuple<at::Tensor, at::Tensor> sorted(const at::Tensor& numbers, void* stream) {
+  const int64_t count = numbers.size(0);
+  if (count == 0 || count > kMostRanked) return at::sort(numbers, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+  const at::Tensor ranks = at::zeros({count}, numbers.options().dtype(at::kInt)), values = at::empty_like(numbers);
+  const at::Tensor order = at::empty({count}, numbers.options().dtype(at::kLong));
+  sort_by_rank(numbers.const_data_ptr<T>(), count, ranks.mutable_data_ptr<int32_t>(), values.mutable_data_ptr<T>(),
+               order.mutable_data_ptr<int64_t>(), stream);
+  return {values, order};
+}
+
 // A packed set and the tensors that its pointers point into: 16 bytes a row and the operand, beside the sort's 16.
 struct OwnedSet {
   at::Tensor sorted_labels, order, operand, half_norm, scale, label_id, original;
   PackedSet view;
 };
 
-OwnedSet own_set(const at::Tensor& x, const at::Tensor& labels, int64_t row_bytes) {
+OwnedSet own_set(const at::Tensor& x, const at::Tensor& labels, int64_t row_bytes, void* stream) {
   const Stage stage("sort");
   OwnedSet s;
-  std::tie(s.sorted_labels, s.order) = at::sort(labels, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+  std::tie(s.sorted_labels, s.order) = sorted<int64_t>(labels, stream);
   const int64_t rows = padded_rows(x.size(0));
   const auto f = x.options().dtype(at::kFloat), i = x.options().dtype(at::kInt);
   s.operand = at::empty({rows * row_bytes}, x.options().dtype(at::kByte));
@@ -88,8 +98,8 @@ void mine_and_finish_tiles(const OwnedBatch& b, bool by_wgmma, const Triplets& o
   m.by_wgmma = by_wgmma;
   m.single_pass = tf32_allowed(b.x);
   const int64_t depth = b.x.size(1), row_bytes = operand_row_bytes(b.view.storage, depth, m.single_pass);
-  OwnedSet anchors = own_set(b.x, b.labels, row_bytes);
-  OwnedSet references = b.view.self_form ? anchors : own_set(b.ref, b.ref_labels, row_bytes);
+  OwnedSet anchors = own_set(b.x, b.labels, row_bytes, stream);
+  OwnedSet references = b.view.self_form ? anchors : own_set(b.ref, b.ref_labels, row_bytes, stream);
   m.anchors = anchors.view;
   m.references = references.view;
   at::Tensor sums, centre;
@@ -177,7 +187,9 @@ std::tuple<at::Tensor, at::Tensor> batch_hard_triplet_loss_backward(
   }
   const at::Tensor p = positives.contiguous(), q = negatives.contiguous(), ap = d_ap.contiguous(), an = d_an.contiguous();
   const at::Tensor g = grad_loss.contiguous(), count = at::zeros({1}, embeddings.options().dtype(at::kLong));
-  at::Tensor sorted, order;
+  const auto [choices, order] = sorted<int32_t>(at::cat({p, q}), stream);
+  const at::Tensor first_choice = at::empty({b.ref.size(0) + 1}, p.options());
+  const at::Tensor coefficients = at::empty({b.x.size(0)}, ap.options());
   LossGradient view = {};
   view.batch = b.view;
   view.positives = p.const_data_ptr<int32_t>();
@@ -186,11 +198,10 @@ std::tuple<at::Tensor, at::Tensor> batch_hard_triplet_loss_backward(
   view.d_an = an.const_data_ptr();
   view.grad_loss = g.const_data_ptr();
   view.count = reinterpret_cast<unsigned long long*>(count.mutable_data_ptr<int64_t>());
-  if (embeddings.size(0) > kMostSearchedChoices) {
-    std::tie(sorted, order) = at::sort(at::cat({p, q}), /*stable=*/true, /*dim=*/0, /*descending=*/false);
-    view.sorted_choices = sorted.const_data_ptr<int32_t>();
-    view.choice_order = order.const_data_ptr<int64_t>();
-  }
+  view.sorted_choices = choices.const_data_ptr<int32_t>();
+  view.choice_order = order.const_data_ptr<int64_t>();
+  view.first_choice = first_choice.mutable_data_ptr<int32_t>();
+  view.coefficients = coefficients.mutable_data_ptr();
   // Only now: sorting needs some memory of its own for a while.
   at::Tensor grad = at::empty(b.x.sizes(), b.x.options());
   at::Tensor grad_ref = at::empty({ref_embeddings ? b.ref.size(0) : 0, b.x.size(1)}, b.x.options());

@@ -157,6 +157,33 @@ __global__ void count_kernel(LossGradient g, LossOptions options) {
   if (lane_index() == 0 && counted != 0) atomicAdd(g.count, (unsigned long long)__popc(counted));
 }
 
+// What every row needs to know of the anchors: where the choices of each row begin, and what each anchor's triplet weighs:
+// dL / d(d_ap), which is -dL / d(d_an); 0 where it is not valid.
+template <class T>
+__global__ void prepare_kernel(LossGradient g, LossOptions options) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, anchors = g.batch.anchors.count;
+  if (i < anchors) {
+    const bool divided = options.reduction == Reduction::mean || options.reduction == Reduction::mean_nonzero;
+    const T scale = divided && *g.count > 0 ? 1 / T(*g.count) : T(1);
+    const TripletLoss<T> loss{T(options.margin), options.soft};
+    const T incoming = static_cast<const T*>(g.grad_loss)[options.reduction == Reduction::none ? i : 0];
+    const T slope = loss.derivative(static_cast<const T*>(g.d_ap)[i], static_cast<const T*>(g.d_an)[i]);
+    static_cast<T*>(g.coefficients)[i] = g.positives[i] < 0 ? T(0) : incoming * scale * slope;
+  }
+  if (i <= g.batch.references.count) {
+    int64_t low = 0, high = 2 * anchors;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (g.sorted_choices[middle] < i) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    g.first_choice[i] = int32_t(low);
+  }
+}
+
 // The gradient of one row, kGradientRun elements to a lane.
 constexpr int kGradientRun = 4;
 constexpr int kGradientColumns = kWarp * kGradientRun;
@@ -166,90 +193,72 @@ struct RowGradient {
   using T = Compute<S>;
 
   const LossGradient& g;
-  TripletLoss<T> loss;
-  Reduction reduction;
-  T scale;         // 1 / the number of anchors counted
   int64_t column;  // this lane's first; the others follow at a distance of kWarp
+  T row[kGradientRun] = {};
+  double norm = 0;  // of the row; for cosine only
   T sum[kGradientRun] = {};
 
-  // dL / d(d_ap) of anchor a, which is -dL / d(d_an); 0 where it is not valid.
-  __device__ __forceinline__ T coefficient(int64_t a) const {
-    if (g.positives[a] < 0) return T(0);
-    const T incoming = static_cast<const T*>(g.grad_loss)[reduction == Reduction::none ? a : 0];
-    return incoming * scale * loss.derivative(static_cast<const T*>(g.d_ap)[a], static_cast<const T*>(g.d_an)[a]);
+  __device__ __forceinline__ RowGradient(const LossGradient& gradient, int64_t first_column)
+      : g(gradient), column(first_column + lane_index()) {}
+
+  __device__ __forceinline__ T element(const S* x, int e) const {
+    const int64_t k = column + e * kWarp;
+    return k < g.batch.anchors.depth ? T(widen(x[k])) : T(0);
   }
 
-  // sum += coefficient * (derivative of d(u, other) by u). Norms are read for cosine only.
-  __device__ __forceinline__ void add(const S* u, const S* other, T d, T coefficient, double u_norm, double other_norm) {
-    const int64_t depth = g.batch.anchors.depth;
+  __device__ __forceinline__ void take(const Rows& rows, const double* norms, int64_t i) {
+    for (int e = 0; e < kGradientRun; ++e) row[e] = element(row_of<S>(rows, i), e);
+    norm = norms ? norms[i] : 0;
+  }
+
+  // sum += coefficient * (derivative of d(row, other) by row).
+  __device__ __forceinline__ void add(const S* other, double other_norm, T d, T coefficient) {
     if (g.batch.distance == Distance::cosine) {
       // (cos * u/|u| - other/|other|) / |u|, 0 for a zero row; cos = 1 - d.
-      if (u_norm == 0) return;
-      const double on_u = double(coefficient) * (1 - double(d)) / u_norm / u_norm;
-      const double on_other = other_norm == 0 ? 0 : double(coefficient) / u_norm / other_norm;
-      for (int i = 0; i < kGradientRun; ++i) {
-        const int64_t k = column + i * kWarp;
-        if (k < depth) sum[i] += T(on_u * double(widen(u[k])) - on_other * double(widen(other[k])));
-      }
+      if (norm == 0) return;
+      const double on_row = double(coefficient) * (1 - double(d)) / norm / norm;
+      const double on_other = other_norm == 0 ? 0 : double(coefficient) / norm / other_norm;
+      for (int e = 0; e < kGradientRun; ++e) sum[e] += T(on_row * double(row[e]) - on_other * double(element(other, e)));
       return;
     }
     // Euclidean: (u - other) / d, taken as 0 at d = 0.
     const T factor = g.batch.distance == Distance::sqeuclidean ? 2 * coefficient : d > 0 ? coefficient / d : d == 0 ? T(0) : d;
     if (factor == 0) return;
-    for (int i = 0; i < kGradientRun; ++i) {
-      const int64_t k = column + i * kWarp;
-      if (k < depth) sum[i] += factor * (T(widen(u[k])) - T(widen(other[k])));
-    }
-  }
-
-  __device__ __forceinline__ double anchor_norm(int64_t a) const {
-    return g.batch.anchor_norm ? g.batch.anchor_norm[a] : 0.0;
-  }
-  __device__ __forceinline__ double reference_norm(int64_t j) const {
-    return g.batch.reference_norm ? g.batch.reference_norm[j] : 0.0;
+    for (int e = 0; e < kGradientRun; ++e) sum[e] += factor * (row[e] - element(other, e));
   }
 
   // What anchor a's own triplet contributes to its row.
   __device__ __forceinline__ void add_own(int64_t a) {
-    const T c = coefficient(a);
+    const T c = static_cast<const T*>(g.coefficients)[a];
     if (c == 0) return;
-    const S* u = row_of<S>(g.batch.anchors, a);
     const auto one = [&](int32_t other, T d, T c) {
-      add(u, row_of<S>(g.batch.references, other), d, c, anchor_norm(a), reference_norm(other));
+      add(row_of<S>(g.batch.references, other), g.batch.reference_norm ? g.batch.reference_norm[other] : 0, d, c);
     };
     one(g.positives[a], static_cast<const T*>(g.d_ap)[a], c);
     one(g.negatives[a], static_cast<const T*>(g.d_an)[a], -c);
   }
 
-  // What anchor a contributes to reference row j, which it chose.
-  __device__ __forceinline__ void add_use(int64_t j, int64_t a, bool as_negative) {
-    const T c = coefficient(a);
-    if (c == 0) return;
-    const T d = static_cast<const T*>(as_negative ? g.d_an : g.d_ap)[a];
-    add(row_of<S>(g.batch.references, j), row_of<S>(g.batch.anchors, a), d, as_negative ? -c : c, reference_norm(j),
-        anchor_norm(a));
-  }
-
-  // All who chose row j, by looking through everybody's choices in ascending order.
-  __device__ __forceinline__ void search_uses(int64_t j) {
-    for (int64_t first = 0; first < g.batch.anchors.count; first += kWarp) {
-      const int64_t a = first + lane_index();
-      const bool inside = a < g.batch.anchors.count;
-      const unsigned positive = __ballot_sync(kAllLanes, inside && g.positives[a] == j);
-      const unsigned negative = __ballot_sync(kAllLanes, inside && g.negatives[a] == j);
-      for (unsigned left = positive | negative; left != 0; left &= left - 1) {
-        const int l = __ffs(left) - 1;
-        add_use(j, first + l, negative >> l & 1);
+  // What those contribute who chose the row: choices begin, begin + step, ... before end. Lanes look one up each, so that rows are all
+  // that is waited for one after another.
+  __device__ __forceinline__ void add_choices(int64_t begin, int64_t end, int64_t step) {
+    const int64_t anchors = g.batch.anchors.count;
+    for (int64_t first = begin; first < end; first += kWarp * step) {
+      const int64_t own = first + lane_index() * step, left = (end - first + step - 1) / step;
+      int32_t anchor = 0;
+      T d = 0, coefficient = 0;
+      if (own < end) {
+        const int64_t entry = g.choice_order[own];
+        const bool as_negative = entry >= anchors;
+        anchor = int32_t(as_negative ? entry - anchors : entry);
+        d = static_cast<const T*>(as_negative ? g.d_an : g.d_ap)[anchor];
+        coefficient = static_cast<const T*>(g.coefficients)[anchor];
+        if (as_negative) coefficient = -coefficient;
       }
-    }
-  }
-
-  // Uses begin, begin + step, ... before end of the sorted choices.
-  __device__ __forceinline__ void add_sorted_uses(int64_t j, int64_t begin, int64_t end, int64_t step) {
-    const int64_t n = g.batch.anchors.count;
-    for (int64_t u = begin; u < end; u += step) {
-      const int64_t entry = g.choice_order[u];
-      add_use(j, entry < n ? entry : entry - n, entry >= n);
+      for (int l = 0; l < kWarp && l < left; ++l) {
+        const int32_t a = __shfl_sync(kAllLanes, anchor, l);
+        const T d_of_a = __shfl_sync(kAllLanes, d, l), c = __shfl_sync(kAllLanes, coefficient, l);
+        if (c != 0) add(row_of<S>(g.batch.anchors, a), g.batch.anchor_norm ? g.batch.anchor_norm[a] : 0, d_of_a, c);
+      }
     }
   }
 };
@@ -260,48 +269,49 @@ struct GradientShared {
 };
 
 // Rows chosen more often than this are added up by the whole block.
-constexpr int64_t kManyUses = 64;
+constexpr int64_t kManyChoices = 64;
+
+// Blocks on a multiprocessor at least: warps wait for rows, and only others hide that.
+template <class S>
+constexpr int kGradientBlocks = sizeof(Compute<S>) == 4 ? 3 : 2;
 
 // One warp per row and run of kGradientColumns columns: what its own triplet and those who chose it contribute.
-template <class S, bool kOwn, bool kUses>
-__global__ void __launch_bounds__(kRowThreads, 2) gradient_kernel(LossGradient g, LossOptions options, void* grad, int64_t rows) {
+template <class S, bool kOwn, bool kChosen>
+__global__ void __launch_bounds__(kRowThreads, kGradientBlocks<S>)
+    gradient_kernel(LossGradient g, void* grad, int64_t rows) {
   using T = Compute<S>;
   auto& shared = shared_memory<GradientShared>();
+  const Rows& of = kOwn ? g.batch.anchors : g.batch.references;
+  const double* norms = kOwn ? g.batch.anchor_norm : g.batch.reference_norm;
   const int64_t row_blocks = (rows + kRowWarps - 1) / kRowWarps, depth = g.batch.anchors.depth;
   const int64_t first_row = blockIdx.x % row_blocks * kRowWarps;
   const int64_t first_column = blockIdx.x / row_blocks * kGradientColumns;
   const int warp = int(threadIdx.x) / kWarp;
   const int64_t i = first_row + warp;
   const bool finite = g.batch.flags->not_finite == 0;
-  const bool divided = options.reduction == Reduction::mean || options.reduction == Reduction::mean_nonzero;
-  const T scale = divided && *g.count > 0 ? 1 / T(*g.count) : T(1);
-  const auto fresh = [&] {
-    return RowGradient<S>{g, {T(options.margin), options.soft}, options.reduction, scale, first_column + lane_index()};
-  };
-  RowGradient<S> own = fresh();
+  RowGradient<S> own(g, first_column);
 
   int64_t begin = 0, end = 0;
   if (i < rows && finite) {
+    own.take(of, norms, i);
     if (kOwn) own.add_own(i);
-    if (kUses && g.sorted_choices) {
-      const int64_t choices = 2 * g.batch.anchors.count;
-      begin = lower_bound(g.sorted_choices, choices, int32_t(i));
-      end = begin + lower_bound(g.sorted_choices + begin, choices - begin, int32_t(i) + 1);
-      if (end - begin <= kManyUses) own.add_sorted_uses(i, begin, end, 1);
-    } else if (kUses) {
-      own.search_uses(i);
+    if (kChosen) {
+      begin = g.first_choice[i];
+      end = g.first_choice[i + 1];
+      if (end - begin <= kManyChoices) own.add_choices(begin, end, 1);
     }
   }
-  if (kUses && g.sorted_choices) {
+  if (kChosen) {
     if (lane_index() == 0) {
       shared.begin[warp] = begin;
       shared.end[warp] = end;
     }
     __syncthreads();
     for (int w = 0; w < kRowWarps; ++w) {
-      if (shared.end[w] - shared.begin[w] <= kManyUses) continue;  // the same for the whole block
-      RowGradient<S> part = fresh();
-      part.add_sorted_uses(first_row + w, shared.begin[w] + warp, shared.end[w], kRowWarps);
+      if (shared.end[w] - shared.begin[w] <= kManyChoices) continue;  // the same for the whole block
+      RowGradient<S> part(g, first_column);
+      part.take(of, norms, first_row + w);
+      part.add_choices(shared.begin[w] + warp, shared.end[w], kRowWarps);
       for (int e = 0; e < kGradientRun; ++e) shared.partial[warp][e * kWarp + lane_index()] = double(part.sum[e]);
       __syncthreads();
       if (warp == w) {

@@ -4,6 +4,7 @@
 // Usage: check_kernels <first seed> <number of seeds> [what], where checks are left out whose name does not begin with `what`, for
 // example float32 or "float32 wgmma". Stops after the first seed in which something was wrong. Buffers are exactly as large as the kernels may touch.
 #include <algorithm>
+#include <limits>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -214,7 +215,12 @@ void check_batch_hard(const std::string& name, int64_t n, int64_t m, int64_t dep
   g.d_ap = d_ap;
   g.d_an = d_an;
   g.grad_loss = grad_loss;
-  if (how != Mining::direct) g.sorted_choices = sorted_choices, g.choice_order = order;
+  Buffer<int32_t> first_choice(references.count + 1);
+  Buffer<T> coefficients(n);
+  g.sorted_choices = sorted_choices;
+  g.choice_order = order;
+  g.first_choice = first_choice;
+  g.coefficients = coefficients;
   g.count = count;
   g.grad = grad;
   g.grad_references = grad_references;
@@ -584,6 +590,27 @@ void check_walk() {
   }
 }
 
+// Stable, also of the least and the largest number there is.
+void check_sort(std::mt19937& random) {
+  if (!wanted("sort")) return;
+  for (const auto [count, labels] : {std::pair{1, 1}, {255, 3}, {257, 1000}, {1300, 40}, {1100, 1}}) {
+    Buffer<int64_t> label(count), order(count), sorted(count);
+    Buffer<int32_t> ranks(count, 0);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t l = int64_t(random() % unsigned(labels)) - labels / 2;
+      label[i] = i % 7 == 0 ? std::numeric_limits<int64_t>::min() : i % 7 == 1 ? std::numeric_limits<int64_t>::max() : l << 33;
+    }
+    sort_by_rank(&label[0], count, &ranks[0], &sorted[0], &order[0], nullptr);
+    synchronize();
+    std::vector<int64_t> exact(count);
+    std::iota(exact.begin(), exact.end(), 0);
+    std::stable_sort(exact.begin(), exact.end(), [&](int64_t a, int64_t b) { return label[a] < label[b]; });
+    bool right = true;
+    for (int64_t i = 0; i < count; ++i) right &= order[i] == exact[i] && sorted[i] == label[exact[i]];
+    expect(right, "sort of " + std::to_string(count) + " labels");
+  }
+}
+
 template <class S>
 void check_all(const std::string& type, std::mt19937& random) {
   check_batch_hard<S>(type + " direct", 70, 0, 19, 9, Mining::direct, random);
@@ -625,6 +652,7 @@ int main(int argc, char** argv) {
         set_schedule(seed, lazy);
         std::mt19937 random(seed);
         check_walk();
+        check_sort(random);
         check_all<float>("float32", random);
         check_all<double>("float64", random);
         check_all<BFloat16>("bfloat16", random);
