@@ -392,8 +392,9 @@ def test_a_row_that_everybody_chooses(distance):
     x = exact.detach().float().requires_grad_()
     anchors, _, negatives = batch_hard_mine(x, labels, distance=distance)
     assert (negatives[labels[anchors] == 1] == 0).all()
-    batch_hard_triplet_loss(x, labels, margin=3.0, distance=distance, reduction="sum").backward()
-    reference.batch_hard_triplet_loss(exact, labels, margin=3.0, distance=distance, reduction="sum").backward()
+    options = {"margin": 3.0, "distance": distance, "reduction": "sum"}
+    batch_hard_triplet_loss(x, labels, **options).backward()
+    reference.batch_hard_triplet_loss(exact, labels, **options).backward()
     assert_gradients_agree(x.grad, exact.grad, TOLERANCE[torch.float32])
 
 
