@@ -364,6 +364,28 @@ void check_wgmma_mirror(std::mt19937& random) {
 
 // ---- the rest ----
 
+struct RaisedShared {
+  int32_t value;
+};
+
+__global__ void load_relaxed_shared_kernel(int32_t* out) {
+  auto& shared = shared_memory<RaisedShared>();
+  if (threadIdx.x == 0) shared.value = -1;
+  __syncthreads();
+  atomicMax(&shared.value, int32_t(threadIdx.x));
+  __syncthreads();
+  out[threadIdx.x] = ptx::load_relaxed_shared(&shared.value);
+}
+
+void check_load_relaxed_shared() {
+  Buffer<int32_t> out(64);
+  launch(load_relaxed_shared_kernel, 1, 64, sizeof(RaisedShared), nullptr, &out[0]);
+  synchronize();
+  bool right = true;
+  for (int i = 0; i < 64; ++i) right &= out[i] == 63;
+  expect(right, "load_relaxed_shared after atomicMax");
+}
+
 __global__ void load_relaxed_kernel(unsigned long long* p, unsigned long long* out) {
   atomicMax(p, (unsigned long long)threadIdx.x << 33 | 5);
   __syncthreads();
@@ -388,12 +410,13 @@ int main() {
     check_conversions<BFloat16>("bfloat16", random);
     check_copies(random);
     check_ldmatrix<false>("ldmatrix_x4", random);
-  check_ldmatrix<true>("ldmatrix_x4_transposed", random);
+    check_ldmatrix<true>("ldmatrix_x4_transposed", random);
     check_mma<Half, 16>("mma float16", mma_kernel<Half>, random);
     check_mma<BFloat16, 16>("mma bfloat16", mma_kernel<BFloat16>, random);
     check_mma<float, 8>("mma_tf32", mma_tf32_kernel, random);
     check_mirror(random);
     check_load_relaxed();
+    check_load_relaxed_shared();
     if (has_wgmma()) {
       check_bulk_copy(random);
       check_wgmma<Half>("float16", random);
