@@ -66,7 +66,7 @@ OWN_INSIDE = "inside = first_row + r < p.own_count && first_other"
 PRODUCT_WAIT = "    ptx::cp_async_wait<kStages - 2>();\n"
 PRODUCT_REFILL = "    load(chunk + kStages - 1);\n"
 RESULTS_BARRIER = "  __syncthreads();  // all are through with the stages\n"
-WHOLE_PIECE = "l < lines && first + kPieceElements <= elements && is_aligned(piece)"
+WHOLE_PIECE = "whole = l < lines && first + kPieceElements <= elements;"
 CLEARED = "shared.active[s] = 0;\n    __syncthreads();\n"
 
 # A file of csrc/cuda, a piece of it, what is put in its place, and what the emulator has to say then.
@@ -145,7 +145,7 @@ PLANTED = {
     "pieces_beyond_the_end": (
         "lines.cuh",
         WHOLE_PIECE,
-        WHOLE_PIECE.replace("first + kPieceElements <= elements && ", ""),
+        WHOLE_PIECE.replace(" && first + kPieceElements <= elements", ""),
         "heap-buffer-overflow",
     ),
     "strengths_beyond_the_stripe": (

@@ -56,7 +56,8 @@ void mine_direct(const Batch& batch, const DirectFound& found, void* stream);
 
 // ---- sorting ----
 
-// Up to so many numbers are sorted by sort_by_rank. 16,384 of 64 bits are to take 30 us on an H200, where torch's radix sort takes 75.
+// Up to so many numbers are sorted by sort_by_rank. 16,384 are to take 30 us on an H200 if 32 bits hold them, which labels mostly are,
+// and 60 if not; torch's radix sort takes 75.
 constexpr int64_t kMostRanked = 16384;
 // Stable: sorted[k] = numbers[order[k]]. `ranks`: room for as many, all zero at the start.
 void sort_by_rank(const int64_t* numbers, int64_t count, int32_t* ranks, int64_t* sorted, int64_t* order, void* stream);

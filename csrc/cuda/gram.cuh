@@ -67,7 +67,8 @@ __global__ void __launch_bounds__(Product::kThreads, 3) gram_tiles_kernel(const 
   }
   T* to = static_cast<T*>(work.sums) + int64_t(blockIdx.x) * (kGramTile * kGramTile);
   product.for_each_pair([&](int r, int c, T first, T second) {
-    *reinterpret_cast<Several<T, 2>*>(to + r * kGramTile + c) = {first, second};
+    const Several<T, 2> pair = {{first, second}};
+    reinterpret_cast<Several<T, 2>*>(to)[(r * kGramTile + c) / 2] = pair;
   });
 }
 
@@ -151,8 +152,9 @@ __global__ void __launch_bounds__(kReduceThreads) gram_reduce_kernel(const __gri
 
 constexpr int kSymmetriseThreads = 128;
 
-// The m = value(g) + value(g^T) of one sample. For 16-bit features it is the sum of two matrices in their format, big and small, and
-// every row is multiplied by a power of two that brings it into the middle of what float16 holds; row_scale takes that back.
+// The m = value(g) + value(g^T) of one sample. For 16-bit features it is the sum of two matrices in their format, big and small,
+// which keeps 22 bits of it in float16 and 16 in bfloat16. Every row is multiplied by a power of two that brings its largest element near
+// the largest that float16 holds; row_scale takes that back.
 template <class S>
 struct Symmetric {
   S *big, *small;
@@ -201,9 +203,9 @@ __global__ void __launch_bounds__(kSymmetriseThreads) symmetrise_kernel(const __
     }
     atomicMax(&largest, bits);
     __syncthreads();
-    constexpr int kMiddle = 13;  // float16 goes from 2^-24 to 2^16
+    constexpr int kLargest = 13;  // float16 goes from 2^-24 to 2^16
     const int exponent = int(largest >> 23) - 127;
-    const int shift = exponent == 128 ? 0 : kMiddle - exponent;  // nothing helps what is not finite
+    const int shift = exponent == 128 ? 0 : kLargest - exponent;  // nothing helps what is not finite
     const double factor = scalbn(1.0, shift);
     for (int64_t c = threadIdx.x; c < channels; c += kSymmetriseThreads) {
       const float v = float(factor * m(c));

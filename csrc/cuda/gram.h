@@ -19,7 +19,7 @@ struct Features {
   int64_t batch_stride, channel_stride, position_stride;
 };
 
-// Most layers of one launch; they take 2.5 of the 4 KiB that kernels may be handed.
+// Most layers of one launch; they take 3 of the 4 KiB that kernels may be handed.
 constexpr int kMostGramLayers = 16;
 
 // One layer of the forward pass: matrix = scale * F F^T - target.

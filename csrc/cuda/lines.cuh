@@ -34,12 +34,18 @@ struct alignas(16) Lines {
 #pragma unroll 1
     for (; l < kLines; l += kAtOnce, piece += kAtOnce * stride) {
       S* to = at(l, first);
-      if (l < lines && first + kPieceElements <= elements && is_aligned(piece)) {
+      const bool whole = l < lines && first + kPieceElements <= elements;
+      if (whole && is_aligned(piece)) {
         ptx::cp_async_16(to, piece);
+      } else if (whole && (sizeof(S) >= 4 || is_aligned<4>(piece))) {  // rows of an odd length
+        for (int word = 0; word < 4; ++word) {
+          ptx::cp_async_4(reinterpret_cast<uint32_t*>(to) + word, reinterpret_cast<const uint32_t*>(piece) + word);
+        }
       } else {
         for (int e = 0; e < kPieceElements; ++e) to[e] = l < lines && first + e < elements ? piece[e] : S{};
       }
     }
+    __syncwarp();  // what follows may ask for whole warps
   }
 
   // Writes those that exist.
@@ -63,7 +69,10 @@ struct alignas(16) Lines {
     S element[kPieceElements];
   };
 
-  __device__ __forceinline__ static bool is_aligned(const S* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+  template <int kBytes = 16>
+  __device__ __forceinline__ static bool is_aligned(const S* p) {
+    return reinterpret_cast<uintptr_t>(p) % kBytes == 0;
+  }
 };
 
 }  // namespace deepsim::cuda

@@ -1,8 +1,8 @@
 // A kGramTile x kColumns tile of products A B^T by one block, for matrices that lie either way round in memory: tensor cores for
 // float32 (as TF32) and 16-bit storage, plain arithmetic for float64.
 //
-// A float32 is the sum of two TF32 numbers: the upper 11 bits of its fraction, and the rest rounded to as many; products of the two
-// small parts are left out, which leaves an error of 2^-22. 16-bit numbers are multiplied as they are. Where A is a float32 matrix and
+// A float32 is the sum of two TF32 numbers: its upper 11 bits, cut off, and the rest rounded to as many. Products of the two small parts
+// are left out: below 2^-20 of a term, 2^-22 in the mean. 16-bit numbers are multiplied as they are. Where A is a float32 matrix and
 // B holds 16-bit numbers, A comes as the sum of two 16-bit matrices.
 #pragma once
 

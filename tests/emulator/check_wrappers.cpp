@@ -68,7 +68,13 @@ struct CopyShared {
 __global__ void copy_kernel(const unsigned char* in, unsigned char* out) {
   auto& shared = shared_memory<CopyShared>();
   for (int group = 0; group < 2; ++group) {
-    ptx::cp_async_16(shared.bytes[group] + lane_index() * 16, in + (group * 32 + lane_index()) * 16);
+    unsigned char* to = shared.bytes[group] + lane_index() * 16;
+    const unsigned char* from = in + (group * 32 + lane_index()) * 16;
+    if (group == 0) {
+      ptx::cp_async_16(to, from);
+    } else {
+      for (int word = 0; word < 4; ++word) ptx::cp_async_4(to + word * 4, from + word * 4);
+    }
     ptx::cp_async_commit();
   }
   ptx::cp_async_wait<1>();
@@ -86,7 +92,7 @@ void check_copies(std::mt19937& random) {
   synchronize();
   bool right = true;
   for (int i = 0; i < 1024; ++i) right &= out[i] == in[i / 512 * 512 + 511 - i % 512];
-  expect(right, "cp_async_16, commit, wait");
+  expect(right, "cp_async_16, cp_async_4, commit, wait");
 }
 
 // ---- matrices ----

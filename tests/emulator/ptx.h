@@ -28,17 +28,20 @@ inline int multiprocessors() { return 1; }
 
 namespace ptx {
 
-inline void cp_async_16(void* shared, const void* global) {
-  if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % 16) {
-    emulator::fail("cp_async_16: not 16-byte aligned");
+template <int kBytes>
+void cp_async(void* shared, const void* global) {
+  if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % kBytes) {
+    emulator::fail("cp_async: not aligned");
   }
-  const emulator::Copy copy{shared, global, 16};
+  const emulator::Copy copy{shared, global, kBytes};
   if (emulator::Options::current().lazy_copies) {
     emulator::block()->running->copies.back().push_back(copy);
   } else {
-    std::memcpy(shared, global, 16);
+    std::memcpy(shared, global, kBytes);
   }
 }
+inline void cp_async_16(void* shared, const void* global) { cp_async<16>(shared, global); }
+inline void cp_async_4(void* shared, const void* global) { cp_async<4>(shared, global); }
 inline void cp_async_commit() { emulator::block()->running->copies.emplace_back(); }
 template <int kPending>
 void cp_async_wait() {
