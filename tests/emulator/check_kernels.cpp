@@ -598,8 +598,9 @@ void check_sort(std::mt19937& random) {
     Buffer<int32_t> ranks(count, 0);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t l = int64_t(random() % unsigned(labels)) - labels / 2;
-      // With and without numbers of more than 32 bits in a block.
-      label[i] = i > 600 ? l : i % 7 == 0 ? std::numeric_limits<int64_t>::min() : i % 7 == 1 ? std::numeric_limits<int64_t>::max() : l << 33;
+      label[i] = i > 600 ? l : l * (int64_t(1) << 33);  // blocks with and without numbers of more than 32 bits
+      if (i < 600 && i % 7 == 0) label[i] = std::numeric_limits<int64_t>::min();
+      if (i < 600 && i % 7 == 1) label[i] = std::numeric_limits<int64_t>::max();
     }
     sort_by_rank(&label[0], count, &ranks[0], &sorted[0], &order[0], nullptr);
     synchronize();
