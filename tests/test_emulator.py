@@ -32,7 +32,7 @@ def test_wrappers_do_what_they_say(tmp_path):
     """Of the hardware's instructions; `make gpu-check` asks a GPU the same."""
     process = run(build(ROOT, tmp_path / "check", source="check_wrappers.cpp"))
     assert process.returncode == 0, process.stdout + process.stderr
-    assert process.stdout.count("right: ") == 15
+    assert process.stdout.count("right: ") == 17
     assert "WRONG" not in process.stdout
 
 
@@ -180,7 +180,9 @@ def report_of(bug: str, folder: Path) -> str:
     # Not optimised: building takes longer than running.
     options = ["-fsanitize=address"] if "beyond" in bug else []
     checks = CHECKS.get(file, "pairs")
-    process = run(build(folder, folder / "check", *options), 0, SCHEDULES, f"float32 {checks}")
+    # With half as many products a tile, warps get ahead of each other by a whole one within a few schedules.
+    dtype = "bfloat16" if bug == "missing_barrier_between_tiles" else "float32"
+    process = run(build(folder, folder / "check", *options), 0, SCHEDULES, f"{dtype} {checks}")
     return "right" if process.returncode == 0 else process.stdout + process.stderr
 
 
