@@ -192,9 +192,7 @@ void triplet_gradient(const LossGradient& g, const LossOptions& options, void* s
   dispatch(g.batch.storage, [&](auto s) {
     using S = decltype(s);
     const int64_t anchors = g.batch.anchors.count, columns = blocks_for(g.batch.anchors.depth, kGradientColumns);
-    if (anchors > 0) {
-      launch(count_kernel<Compute<S>>, blocks_for(anchors, 256), 256, 0, stream, g, options);
-    }
+    if (anchors > 0) launch(count_kernel<Compute<S>>, blocks_for(anchors, 256), 256, 0, stream, g, options);
     launch(prepare_kernel<Compute<S>>, blocks_for(std::max(anchors, g.batch.references.count + 1), 256), 256, 0, stream, g, options);
     const auto run = [&](auto kernel, void* grad, int64_t rows) {
       if (rows == 0) return;

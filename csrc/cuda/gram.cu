@@ -12,7 +12,8 @@ namespace {
 // Positions across a tile of the gradient.
 constexpr int kGradientPositions = 128;
 
-// Calls f with the product that suits the storage, of kColumns columns where tensor cores do it. kOfSums: whether 16-bit numbers meet a float32 matrix on the left.
+// Calls f with the product that suits the storage, of kColumns columns where tensor cores do it. kOfSums: whether 16-bit numbers meet a
+// float32 matrix on the left.
 template <int kColumns, bool kOfSums, class F>
 void dispatch_product(Storage storage, bool tf32, F f) {
   constexpr int kLefts = kOfSums ? 2 : 1;

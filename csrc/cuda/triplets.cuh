@@ -171,16 +171,7 @@ __global__ void prepare_kernel(LossGradient g, LossOptions options) {
     static_cast<T*>(g.coefficients)[i] = g.positives[i] < 0 ? T(0) : incoming * scale * slope;
   }
   if (i <= g.batch.references.count) {
-    int64_t low = 0, high = 2 * anchors;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (g.sorted_choices[middle] < i) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    g.first_choice[i] = int32_t(low);
+    g.first_choice[i] = count_before(g.sorted_choices, int(2 * anchors), [&](int32_t choice) { return choice < i; });
   }
 }
 
