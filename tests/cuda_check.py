@@ -43,6 +43,7 @@ using namespace deepsim::cuda;
 int main() {
   std::printf("rank_kernel %zu\\n", sizeof(RankShared<int64_t>));
   std::printf("centre_sums_kernel %zu\\n", kCentreThreads * sizeof(double));
+  std::printf("centre_kernel %zu\\n", kSpreadPairs * sizeof(double));
   std::printf("mine_direct_kernel %zu\\n", sizeof(DirectShared<double>));
   std::printf("mine_mma_kernel %zu\\n", sizeof(MmaShared));
   std::printf("mine_wgmma_kernel %zu\\n", sizeof(WgmmaShared));
@@ -50,13 +51,16 @@ int main() {
   std::printf("finish_kernel %zu\\n", sizeof(LossShared));
   std::printf("gradient_kernel %zu\\n", sizeof(GradientShared));
   std::printf("pair_distances_kernel %zu\\n", sizeof(DirectElements<double>));
+  std::printf("pair_products_kernel %zu\\n", sizeof(PairTileShared));
   std::printf("batch_all_rows_kernel %zu\\n", sizeof(BatchAllShared<double>));
   std::printf("contrastive_rows_kernel %zu\\n", sizeof(RowSumsShared));
   std::printf("semi_hard_rows_kernel %zu\\n", sizeof(SemiHardShared<double>));
   std::printf("mine_rows_kernel %zu\\n", sizeof(MiningShared<double>));
   std::printf("nearest_rows_kernel %zu\\n", sizeof(NearestShared<double>));
   std::printf("finish_sums_kernel %zu\\n", sizeof(RowSumsShared));
-  std::printf("pull_kernel %zu\\n", sizeof(PullShared<double>));
+  std::printf("pull_kernel %zu\\n", sizeof(PullShared));
+  std::printf("pull_products_kernel %zu\\n", sizeof(ProductStage<PullProduct>[kPullStages]));
+  std::printf("strength_sums_kernel %zu\\n", kBlockThreads * sizeof(float));
   using Tile = TensorProduct<Half, kGramTile, 1, false>;
   using GradientTile = TensorProduct<Half, kGradientPositions, 2, false>;
   std::printf("gram_tiles_kernel %zu\\n", sizeof(TilesShared<Tile>));
@@ -97,6 +101,8 @@ EXPECTATIONS = {
     "prepare_kernel": Expectation(),
     "gradient_kernel": Expectation(least_blocks=2),
     "pair_distances_kernel": Expectation(least_blocks=2),
+    "centre_rows_kernel": Expectation(),
+    "pair_products_kernel": Expectation(tensor_cores=True, least_blocks=2),
     "batch_all_rows_kernel": Expectation(least_blocks=2),
     "contrastive_rows_kernel": Expectation(least_blocks=2),
     "semi_hard_rows_kernel": Expectation(least_blocks=2),
@@ -105,6 +111,9 @@ EXPECTATIONS = {
     "nobody_near_kernel": Expectation(),
     "finish_sums_kernel": Expectation(),
     "pull_kernel": Expectation(),
+    "pull_products_kernel": Expectation(tensor_cores=True, least_blocks=2),
+    "strength_sums_kernel": Expectation(),
+    "pull_singles_kernel": Expectation(),
     "add_splits_kernel": Expectation(),
     "finish_gradient_kernel": Expectation(),
     "gram_tiles_kernel": Expectation(threads=128, tensor_cores=True, least_blocks=2),

@@ -67,6 +67,9 @@ PRODUCT_WAIT = "    ptx::cp_async_wait<kStages - 2>();\n"
 PRODUCT_REFILL = "    load(chunk + kStages - 1);\n"
 RESULTS_BARRIER = "  __syncthreads();  // all are through with the stages\n"
 WHOLE_PIECE = "whole = l < lines && first + kPieceElements <= elements;"
+CLOSE_BARRIER = "  __syncthreads();  // all are through with the stages, and know of the tile's close pairs\n"
+SUMS_BARRIER = "  partial[group][lane] = sum;\n  __syncthreads();\n"
+OTHER_INSIDE = "marked = other < stripe.rows && "
 CLEARED = "shared.active[s] = 0;\n    __syncthreads();\n"
 
 # A file of csrc/cuda, a piece of it, what is put in its place, and what the emulator has to say then.
@@ -134,6 +137,19 @@ PLANTED = {
         NO_PULL.replace("if (", "if (threadIdx.x % 2 || "),
         "divergent __syncthreads",
     ),
+    "missing_barrier_before_measuring": ("pair_products.cuh", CLOSE_BARRIER, "", "wrong: "),
+    "missing_barrier_in_sums": (
+        "pull_products.cuh",
+        SUMS_BARRIER,
+        SUMS_BARRIER.replace("  __syncthreads();\n", ""),
+        "wrong: ",
+    ),
+    "marks_beyond_the_stripe": (
+        "pull_singles.cuh",
+        OTHER_INSIDE,
+        "marked = ",
+        "heap-buffer-overflow",
+    ),
     "missing_wait_for_a_product": ("tile_product.cuh", PRODUCT_WAIT, "", "wrong: "),
     "early_refill_of_a_product": (
         "tile_product.cuh",
@@ -157,14 +173,15 @@ PLANTED = {
 }
 
 
-# What runs a file of csrc/cuda, where it is not the losses over all pairs.
+# What runs a file of csrc/cuda, where it is not the losses over all pairs in float32.
 CHECKS = {
-    "mine_wgmma.cuh": "wgmma",
-    "mine_mma.cuh": "mma",
-    "search_tile.cuh": "mma",
-    "gram.cuh": "gram",
-    "lines.cuh": "gram",
-    "tile_product.cuh": "gram",
+    "mine_wgmma.cuh": "float32 wgmma",
+    "mine_mma.cuh": "float32 mma",
+    "search_tile.cuh": "float32 mma",
+    "gram.cuh": "float32 gram",
+    "lines.cuh": "float32 gram",
+    "tile_product.cuh": "float32 gram",
+    "pull.cuh": "float64 pairs",
 }
 
 
@@ -179,10 +196,11 @@ def report_of(bug: str, folder: Path) -> str:
     source.write_text(text.replace(before, after))
     # Not optimised: building takes longer than running.
     options = ["-fsanitize=address"] if "beyond" in bug else []
-    checks = CHECKS.get(file, "pairs")
+    checks = CHECKS.get(file, "float32 pairs")
     # With half as many products a tile, warps get ahead of each other by a whole one within a few schedules.
-    dtype = "bfloat16" if bug == "missing_barrier_between_tiles" else "float32"
-    process = run(build(folder, folder / "check", *options), 0, SCHEDULES, f"{dtype} {checks}")
+    if bug == "missing_barrier_between_tiles":
+        checks = "bfloat16 wgmma"
+    process = run(build(folder, folder / "check", *options), 0, SCHEDULES, checks)
     return "right" if process.returncode == 0 else process.stdout + process.stderr
 
 

@@ -10,11 +10,33 @@
 
 namespace deepsim::cuda {
 
+// Rows as tensor cores multiply them: float32, moved by the centre of all, unit vectors for cosine.
+struct CentredRows {
+  float* rows;       // [count][stride], zero beyond the depth
+  int64_t stride;    // a multiple of 4
+  float* half_norm;  // [count] |row|^2 / 2
+};
+
+// Nothing is centred where distances and gradients go by differences alone: in float64, and for neighbours.
+struct Pairs : Batch {
+  CentredRows centred_anchors, centred_references;  // the same in the self form
+};
+
+// Of all rows, and flags what is not finite.
+void centre_rows(const Pairs& pairs, const Centre& centre, void* stream);
+
+constexpr int64_t kStripeColumns = 32;  // a multiple of, with what is beyond the references
+
 struct Stripe {
   int64_t first, rows;  // anchors
-  int64_t stride;       // elements from one row to the next, a multiple of 4, at least the references
+  int64_t stride;       // elements from one row to the next, a multiple of kStripeColumns, at least the references
   void* distances;      // [rows][stride] in the type of the arithmetic; beyond the references undefined
-  void* strengths;      // [rows][stride] likewise, or null where no gradient is wanted: see `strength` in pull.cuh
+  // What distances pull with, likewise (see `strength` in strength.cuh). All are null where no gradient is wanted.
+  void* strengths;         // [rows][stride] of all pairs; null also for a loss in which few pairs have any
+  void* anchor_sums;       // [rows] of strengths
+  void* reference_sums;    // [references]
+  uint32_t* single;        // [rows][stride / 32] all zero at the start: a bit for each pair that pulls by itself
+  void* single_strengths;  // [rows][stride] of those, which count for 0 in `strengths`; may be where the distances are
 };
 
 // What an anchor adds to the statistics. For triplets, values: loss, d_ap, d_an; counts: 1 if the anchor is valid, triplets, triplets
@@ -25,8 +47,8 @@ struct RowSums {
   int64_t counts[4];
 };
 
-// Distances of a stripe, and flags what is not finite.
-void pair_distances(const Batch& batch, const Stripe& stripe, void* stream);
+// Distances of a stripe: by tensor cores where rows are centred. Otherwise flags what is not finite.
+void pair_distances(const Pairs& pairs, const Stripe& stripe, void* stream);
 
 // ---- row kernels: a block for every row of the stripe ----
 
@@ -34,37 +56,41 @@ struct TripletWindow {
   double margin;
   bool semi_hard;  // only triplets with d_ap < d_an <= d_ap + margin
 };
-void batch_all_rows(const Batch& batch, const Stripe& stripe, const TripletWindow& window, RowSums* sums, void* stream);
+void batch_all_rows(const Pairs& pairs, const Stripe& stripe, const TripletWindow& window, RowSums* sums, void* stream);
 
 struct NextFarther {
   double margin;
   bool soft;
 };
-void semi_hard_rows(const Batch& batch, const Stripe& stripe, const NextFarther& options, RowSums* sums, void* stream);
+void semi_hard_rows(const Pairs& pairs, const Stripe& stripe, const NextFarther& options, RowSums* sums, void* stream);
 
 struct PairMargins {
   double positive, negative;
   bool squared;
 };
 // scales: device memory, what losses of positives and of negatives are multiplied by before they are added up; null: 1.
-void contrastive_rows(const Batch& batch, const Stripe& stripe, const PairMargins& margins, const double* scales, RowSums* sums,
+void contrastive_rows(const Pairs& pairs, const Stripe& stripe, const PairMargins& margins, const double* scales, RowSums* sums,
                       void* stream);
 
 // Into the one split of `found`: of each anchor the positive and the negative that the strategies choose.
-void mine_rows(const Batch& batch, const Stripe& stripe, const Strategies& strategies, const DirectFound& found, void* stream);
+void mine_rows(const Pairs& pairs, const Stripe& stripe, const Strategies& strategies, const DirectFound& found, void* stream);
 
 constexpr int64_t kMostNeighbors = 1024;
 // distances [anchors][k] in the type of the arithmetic, indices [anchors][k].
-void nearest_rows(const Batch& batch, const Stripe& stripe, int64_t k, void* distances, int64_t* indices, void* stream);
+void nearest_rows(const Pairs& pairs, const Stripe& stripe, int64_t k, void* distances, int64_t* indices, void* stream);
 // After all stripes: NaN and -1 throughout where something is not finite.
 void nobody_near(const Batch& batch, int64_t k, void* distances, int64_t* indices, void* stream);
 
 // ---- gradients ----
 
-// Adds what the stripe's strengths pull its anchors (or, of_anchors false, the references) by to a gradient [rows][depth] in the type of
-// the arithmetic. `partial` has pull_splits(...) times as many elements as the stripe's anchors (or the references) have; none for one.
-int pull_splits(const Batch& batch, const Stripe& stripe, bool of_anchors);
-void pull(const Batch& batch, const Stripe& stripe, bool of_anchors, int splits, void* partial, void* gradient, void* stream);
+// All add what a stripe pulls its anchors by (or, of_anchors false, the references) to a gradient [rows][depth] in the type of the
+// arithmetic.
+
+// By `strengths`. `partial` has pull_splits(...) times as many elements as the stripe's anchors (or the references) have; none for one.
+int pull_splits(const Pairs& pairs, const Stripe& stripe, bool of_anchors);
+void pull(const Pairs& pairs, const Stripe& stripe, bool of_anchors, int splits, void* partial, void* gradient, void* stream);
+// By `single_strengths`.
+void pull_singles(const Pairs& pairs, const Stripe& stripe, bool of_anchors, void* gradient, void* stream);
 
 // Of unit vectors to of the rows, for cosine; times *scale, device memory, where it is not null; NaN where something is not finite.
 void finish_gradient(const Batch& batch, bool of_anchors, const double* scale, void* gradient, void* stream);

@@ -3,30 +3,60 @@
 
 #include "all_pairs.h"
 #include "block.cuh"
+#include "strength.cuh"
 
 namespace deepsim::cuda {
 
 // One anchor's row of a stripe and who stands where in it.
 template <class T>
 struct AnchorRow {
-  const T* distance;
-  T* strength;             // null where no gradient is wanted
+  T* distance;
   const int64_t* labels;   // of the references
   int64_t label, own, columns;  // own: the anchor's own column, or -1
+  // What distances pull with; null where no gradient is wanted.
+  Distance kind;
+  T *strength, *single_strength;
+  uint32_t* single;
+  float half_norm;
+  const float* half_norms;  // of the references; null where no pair is too close for products
 
   __device__ __forceinline__ bool is_positive(int64_t c) const { return labels[c] == label && c != own; }
   __device__ __forceinline__ bool is_negative(int64_t c) const { return labels[c] != label; }
+
+  // The distance of column c has weight w in the loss. Returns the strength if the pair pulls together with all others.
+  __device__ __forceinline__ T pull(int64_t c, T w) const {
+    const T d = distance[c], s = deepsim::cuda::strength(kind, d, w);
+    const bool by_itself = s != 0 && half_norms && is_close(float(half_square_of_distance(kind, d)), half_norm, half_norms[c]);
+    if (by_itself) pull_singly(c, s);
+    return strength[c] = by_itself ? T(0) : s;
+  }
+
+  // With strength s, more than once if need be. The distance may be gone then.
+  __device__ __forceinline__ void pull_singly(int64_t c, T s) const {
+    if (s == 0) return;
+    const uint32_t bit = 1u << c % 32;
+    const bool again = atomicOr(&single[c / 32], bit) & bit;
+    single_strength[c] = again ? single_strength[c] + s : s;
+  }
 };
 
 template <class T>
-__device__ __forceinline__ AnchorRow<T> anchor_row(const Batch& batch, const Stripe& stripe, int64_t row) {
+__device__ __forceinline__ AnchorRow<T> anchor_row(const Pairs& pairs, const Stripe& stripe, int64_t row) {
   const int64_t anchor = stripe.first + row, at = row * stripe.stride;
-  return {static_cast<const T*>(stripe.distances) + at,
-          stripe.strengths ? static_cast<T*>(stripe.strengths) + at : nullptr,
-          batch.reference_labels,
-          batch.labels ? batch.labels[anchor] : 0,
-          batch.self_form ? anchor : -1,
-          batch.references.count};
+  const auto of_row = [at](void* of) { return of ? static_cast<T*>(of) + at : nullptr; };
+  AnchorRow<T> r;
+  r.distance = of_row(stripe.distances);
+  r.labels = pairs.reference_labels;
+  r.label = pairs.labels ? pairs.labels[anchor] : 0;
+  r.own = pairs.self_form ? anchor : -1;
+  r.columns = pairs.references.count;
+  r.kind = pairs.distance;
+  r.strength = of_row(stripe.strengths);
+  r.single_strength = of_row(stripe.single_strengths);
+  r.single = stripe.single ? stripe.single + at / 32 : nullptr;
+  r.half_norm = pairs.centred_anchors.rows ? pairs.centred_anchors.half_norm[anchor] : 0;
+  r.half_norms = pairs.centred_references.rows ? pairs.centred_references.half_norm : nullptr;
+  return r;
 }
 
 // An anchor's positives, a part of them at a time, the farthest first.

@@ -10,8 +10,9 @@ LossWithGradient batch_all_triplet_loss(const at::Tensor& embeddings, const at::
                                         const OptionalTensor& ref_labels, double margin, bool semi_hard, std::string_view distance,
                                         std::string_view reduction, bool with_gradient) {
   return triplet_loss_over_stripes("batch_all_triplet_loss", embeddings, labels, ref_embeddings, ref_labels, distance, reduction,
-                                   with_gradient, [=](const Batch& batch, const Stripe& stripe, RowSums* sums, void* stream) {
-                                     batch_all_rows(batch, stripe, {margin, semi_hard}, sums, stream);
+                                   with_gradient ? Pull::all : Pull::none,
+                                   [=](const Pairs& pairs, const Stripe& stripe, RowSums* sums, void* stream) {
+                                     batch_all_rows(pairs, stripe, {margin, semi_hard}, sums, stream);
                                    });
 }
 

@@ -19,9 +19,9 @@ LossWithGradient batch_contrastive_loss(const at::Tensor& embeddings, const at::
   // Positives and negatives are divided by numbers of their own only in this reduction.
   const bool scaled_rows = r == SumReduction::mean_nonzero;
   return loss_over_stripes(
-      b, 4, with_gradient, scaled_rows,
-      [&](const Stripe& stripe, const double* scales, RowSums* sums, void* stream) {
-        contrastive_rows(b.view, stripe, margins, scales, sums, stream);
+      b, 4, with_gradient ? Pull::all : Pull::none, scaled_rows,
+      [&](const Pairs& pairs, const Stripe& stripe, const double* scales, RowSums* sums, void* stream) {
+        contrastive_rows(pairs, stripe, margins, scales, sums, stream);
       },
       [&](const RowSums* sums, const LossOutputs& out, void* stream) { finish_pairs(b.view, sums, r, margins, out, stream); });
 }

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "centre.cuh"
 #include "choose_again.cuh"
 #include "dispatch.cuh"
 #include "mine_direct.cuh"
@@ -45,26 +46,12 @@ void pack(const Batch& batch, const TileMining& mining, bool of_anchors, void* s
   PackArguments p;
   p.rows = of_anchors ? batch.anchors : batch.references;
   p.norms = of_anchors ? batch.anchor_norm : batch.reference_norm;
-  p.centre = mining.centre;
+  p.centre = mining.centre.at;
   p.out = of_anchors ? mining.anchors : mining.references;
   p.column_labels = mining.references.sorted_labels;
   p.column_count = batch.references.count;
   p.flags = batch.flags;
   launch(pack_kernel<S, Operand>, blocks_for(padded_rows(p.rows.count), 8), 8 * kWarp, 0, stream, p);
-}
-
-template <class S>
-void find_centre(const Batch& batch, const TileMining& mining, void* stream) {
-  const int64_t depth = batch.anchors.depth;
-  const auto sums = [&](const Rows& x, const double* norms, int set) {
-    const int64_t blocks = blocks_for(depth, kCentreColumns) * mining.centre_slices;
-    launch(centre_sums_kernel<S>, blocks, kCentreThreads, kCentreThreads * sizeof(double), stream, x, norms, mining.centre_slices,
-           mining.centre_sums + int64_t(set) * mining.centre_slices * depth);
-  };
-  sums(batch.anchors, batch.anchor_norm, 0);
-  if (!batch.self_form) sums(batch.references, batch.reference_norm, 1);
-  launch(centre_kernel, blocks_for(depth, 256), 256, 0, stream, mining.centre_sums, mining.centre_slices, depth, batch.anchors.count,
-         batch.references.count, batch.self_form, mining.centre);
 }
 
 // Of one launch; CUDA takes fewer than 2^31.
@@ -147,6 +134,21 @@ bool can_use_wgmma() { return has_wgmma(); }
 
 int centre_slices(int64_t rows) { return int(std::clamp<int64_t>(rows / 256, 1, 64)); }
 
+void find_centre(const Batch& batch, const Centre& centre, void* stream) {
+  const int64_t depth = batch.anchors.depth;
+  dispatch(batch.storage, [&](auto s) {
+    using S = decltype(s);
+    const auto sums = [&](const Rows& x, const double* norms, int set) {
+      const int64_t blocks = blocks_for(depth, kCentreColumns) * centre.slices;
+      launch(centre_sums_kernel<S>, blocks, kCentreThreads, kCentreThreads * sizeof(double), stream, x, norms, centre.slices,
+             centre.sums + int64_t(set) * centre.slices * depth);
+    };
+    sums(batch.anchors, batch.anchor_norm, 0);
+    if (!batch.self_form) sums(batch.references, batch.reference_norm, 1);
+    launch(centre_kernel<S>, blocks_for(depth, kCentreThreads), kCentreThreads, kSpreadPairs * sizeof(double), stream, batch, centre);
+  });
+}
+
 void sort_by_rank(const int64_t* numbers, int64_t count, int32_t* ranks, int64_t* sorted, int64_t* order, void* stream) {
   launch_sort(numbers, count, ranks, sorted, order, stream);
 }
@@ -156,7 +158,7 @@ void sort_by_rank(const int32_t* numbers, int64_t count, int32_t* ranks, int32_t
 }
 
 void pack_tiles(const Batch& batch, const TileMining& mining, void* stream) {
-  if (mining.centre) find_centre<float>(batch, mining, stream);
+  if (mining.centre.at) find_centre(batch, mining.centre, stream);
   with_operand(batch.storage, mining.single_pass, [&](auto s, auto operand) {
     pack<decltype(s), decltype(operand)>(batch, mining, true, stream);
     if (!batch.self_form) pack<decltype(s), decltype(operand)>(batch, mining, false, stream);

@@ -63,6 +63,16 @@ constexpr int64_t kMostRanked = 16384;
 void sort_by_rank(const int64_t* numbers, int64_t count, int32_t* ranks, int64_t* sorted, int64_t* order, void* stream);
 void sort_by_rank(const int32_t* numbers, int64_t count, int32_t* ranks, int32_t* sorted, int64_t* order, void* stream);
 
+// ---- the centre that rows are moved to before products of them are formed ----
+
+struct Centre {
+  int slices;    // that rows are summed in
+  double* sums;  // [2][slices][depth]
+  float* at;     // [depth]
+};
+int centre_slices(int64_t rows);
+void find_centre(const Batch& batch, const Centre& centre, void* stream);
+
 // ---- mining by tensor-core tiles over rows sorted by label ----
 
 // Rows and columns of a tile; packed rows are filled up to a multiple.
@@ -85,15 +95,12 @@ struct TileMining {
   bool by_wgmma;  // instead of mma
   bool single_pass;
   PackedSet anchors, references;          // the same in the self form
-  int centre_slices;                      // of centre_sums
-  double* centre_sums;                    // [2][centre_slices][depth]
-  float* centre;                          // [depth], null for 16-bit storage: its rows stay as they are
+  Centre centre;                          // nowhere for 16-bit storage: its rows stay as they are
   unsigned long long *positive, *negative;  // [padded anchors] all zero at the start, see search_tile.cuh
 };
 
 // Whether the current device has wgmma, and this was compiled for it.
 bool can_use_wgmma();
-int centre_slices(int64_t rows);
 // After packing, neither `order` and `sorted_labels` nor the centre are needed any more.
 void pack_tiles(const Batch& batch, const TileMining& mining, void* stream);
 void mine_tiles(const Batch& batch, const TileMining& mining, void* stream);

@@ -102,14 +102,8 @@ void mine_and_finish_tiles(const OwnedBatch& b, bool by_wgmma, const Triplets& o
   OwnedSet references = b.view.self_form ? anchors : own_set(b.ref, b.ref_labels, row_bytes, stream);
   m.anchors = anchors.view;
   m.references = references.view;
-  at::Tensor sums, centre;
-  if (centred) {
-    m.centre_slices = centre_slices(std::max(b.x.size(0), b.ref.size(0)));
-    sums = at::empty({2, m.centre_slices, depth}, b.x.options().dtype(at::kDouble));
-    centre = at::empty({depth}, b.x.options());
-    m.centre_sums = sums.mutable_data_ptr<double>();
-    m.centre = centre.mutable_data_ptr<float>();
-  }
+  OwnedCentre centre;
+  if (centred) m.centre = centre.make(b);
   {
     const Stage stage("pack");
     pack_tiles(b.view, m, stream);

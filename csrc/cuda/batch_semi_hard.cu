@@ -2,10 +2,9 @@
 //
 // Positives stand sorted, the farthest first. A negative is noted by the farthest positive that it is farther than, if it is the nearest
 // of those; the nearest negative noted by a positive or one before it is then the positive's. The order of the search never matters: the
-// better distance wins, then the lower index.
+// better distance wins, then the lower index. Two pairs for each positive have a weight in the loss: they pull by themselves.
 #include "anchor_row.cuh"
 #include "dispatch.cuh"
-#include "pull.cuh"
 #include "row_sums.cuh"
 
 namespace deepsim::cuda {
@@ -60,7 +59,7 @@ __device__ __forceinline__ void note_negatives(const AnchorRow<T>& row, SemiHard
     if (s == count) continue;
     const unsigned long long bits = distance_bits(double(d));
     if (!kIndices) {
-      atomicMin(&shared.nearest[s], bits);
+      if (bits < ptx::load_relaxed_shared(&shared.nearest[s])) atomicMin(&shared.nearest[s], bits);  // few are, and atomics wait
     } else if (bits == shared.nearest[s]) {
       atomicMin(&shared.nearest_index[s], int32_t(c));
     }
@@ -75,16 +74,15 @@ __device__ __forceinline__ int32_t negative_of(const SemiHardShared<T>& shared, 
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlockThreads, 2) semi_hard_rows_kernel(Batch batch, Stripe stripe, TripletLoss<T> loss,
+__global__ void __launch_bounds__(kBlockThreads, 2) semi_hard_rows_kernel(Pairs pairs, Stripe stripe, TripletLoss<T> loss,
                                                                           RowSums* sums) {
   auto& shared = shared_memory<SemiHardShared<T>>();
-  if (batch.flags->not_finite) return;
-  const AnchorRow<T> row = anchor_row<T>(batch, stripe, blockIdx.x);
+  if (pairs.flags->not_finite) return;
+  const AnchorRow<T> row = anchor_row<T>(pairs, stripe, blockIdx.x);
   const T* positive = shared.positives.distance;
   Best<T, true> farthest;
   for (int64_t c = threadIdx.x; c < row.columns; c += kBlockThreads) {
     if (row.is_negative(c)) farthest.improve(row.distance[c], int32_t(c));
-    if (row.strength) row.strength[c] = 0;
   }
   farthest = block_best(farthest, shared.best, shared.best_index);
   const bool has_negative = farthest.index != kNobody;
@@ -113,13 +111,13 @@ __global__ void __launch_bounds__(kBlockThreads, 2) semi_hard_rows_kernel(Batch 
       own.values[2] += double(d_an);
       ++own.counts[1];
       own.counts[2] += value > 0;
-      if (!row.strength) continue;
-      row.strength[shared.positives.index[s]] = strength(batch.distance, d_ap, loss.derivative(d_ap, d_an));
+      if (!row.single) continue;
+      row.pull_singly(shared.positives.index[s], strength(row.kind, d_ap, loss.derivative(d_ap, d_an)));
       // Positives with the same negative follow each other. The first of them adds up for all.
       if (s > 0 && negative_of(shared, s - 1, farthest.index) == negative) continue;
       T weight = 0;
       for (int r = s; r < count && negative_of(shared, r, farthest.index) == negative; ++r) weight -= loss.derivative(positive[r], d_an);
-      row.strength[negative] += strength(batch.distance, d_an, weight);
+      row.pull_singly(negative, strength(row.kind, d_an, weight));
     }
   }
   if (threadIdx.x == 0) own.counts[0] = has_positive && has_negative;
@@ -128,10 +126,10 @@ __global__ void __launch_bounds__(kBlockThreads, 2) semi_hard_rows_kernel(Batch 
 
 }  // namespace
 
-void semi_hard_rows(const Batch& batch, const Stripe& stripe, const NextFarther& options, RowSums* sums, void* stream) {
-  dispatch_compute(batch.storage, [&](auto t) {
+void semi_hard_rows(const Pairs& pairs, const Stripe& stripe, const NextFarther& options, RowSums* sums, void* stream) {
+  dispatch_compute(pairs.storage, [&](auto t) {
     using T = decltype(t);
-    launch(semi_hard_rows_kernel<T>, stripe.rows, kBlockThreads, sizeof(SemiHardShared<T>), stream, batch, stripe,
+    launch(semi_hard_rows_kernel<T>, stripe.rows, kBlockThreads, sizeof(SemiHardShared<T>), stream, pairs, stripe,
            TripletLoss<T>{T(options.margin), options.soft}, sums);
   });
 }

@@ -10,8 +10,9 @@ LossWithGradient batch_semi_hard_triplet_loss(const at::Tensor& embeddings, cons
                                               const OptionalTensor& ref_embeddings, const OptionalTensor& ref_labels, double margin,
                                               bool soft, std::string_view distance, std::string_view reduction, bool with_gradient) {
   return triplet_loss_over_stripes("batch_semi_hard_triplet_loss", embeddings, labels, ref_embeddings, ref_labels, distance, reduction,
-                                   with_gradient, [=](const Batch& batch, const Stripe& stripe, RowSums* sums, void* stream) {
-                                     semi_hard_rows(batch, stripe, {margin, soft}, sums, stream);
+                                   with_gradient ? Pull::few : Pull::none,
+                                   [=](const Pairs& pairs, const Stripe& stripe, RowSums* sums, void* stream) {
+                                     semi_hard_rows(pairs, stripe, {margin, soft}, sums, stream);
                                    });
 }
 

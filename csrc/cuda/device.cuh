@@ -220,6 +220,11 @@ __device__ __forceinline__ int32_t load_relaxed_shared(const int32_t* p) {
   asm volatile("ld.relaxed.cta.shared.s32 %0, [%1];" : "=r"(v) : "r"(shared_address(p)) : "memory");
   return v;
 }
+__device__ __forceinline__ unsigned long long load_relaxed_shared(const unsigned long long* p) {
+  unsigned long long v;
+  asm volatile("ld.relaxed.cta.shared.u64 %0, [%1];" : "=l"(v) : "r"(shared_address(p)) : "memory");
+  return v;
+}
 
 }  // namespace ptx
 

@@ -22,14 +22,6 @@ struct DirectElements {
 __device__ __forceinline__ int direct_row() { return int(threadIdx.x) / kDirectSide * kDirectPerThread; }
 __device__ __forceinline__ int direct_column() { return int(threadIdx.x) % kDirectSide * kDirectPerThread; }
 
-// An element as distances see it: for cosine (where there are norms) that of the unit vector, or of zero. Divided, not multiplied by
-// the inverse: so rows of one column become exactly 1 and -1.
-template <class T, class S>
-__device__ __forceinline__ T normalised(S v, const double* norms, int64_t row) {
-  if (!norms) return T(widen(v));
-  return norms[row] == 0 ? T(0) : T(double(widen(v)) / norms[row]);
-}
-
 // Columns [k0, k0 + kDirectDepth) of a tile's rows, zero beyond the matrix.
 template <class S, class T>
 __device__ __forceinline__ void load_direct(const Rows& x, const double* norms, int64_t first, int64_t k0,

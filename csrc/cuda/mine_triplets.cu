@@ -26,10 +26,10 @@ __device__ __forceinline__ Best<T, true> choose(const AnchorRow<T>& row, bool ne
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlockThreads, 2) mine_rows_kernel(Batch batch, Stripe stripe, Strategies strategies, DirectFound found) {
+__global__ void __launch_bounds__(kBlockThreads, 2) mine_rows_kernel(Pairs pairs, Stripe stripe, Strategies strategies, DirectFound found) {
   auto& shared = shared_memory<MiningShared<T>>();
-  if (batch.flags->not_finite) return;
-  const AnchorRow<T> row = anchor_row<T>(batch, stripe, blockIdx.x);
+  if (pairs.flags->not_finite) return;
+  const AnchorRow<T> row = anchor_row<T>(pairs, stripe, blockIdx.x);
   const bool nearest_positive = strategies.positive == Strategy::easy, nearest_negative = strategies.negative != Strategy::easy;
   const T none = T(-1), all = infinity<T>();
   Best<T, true> positive, negative;
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2) mine_rows_kernel(Batch batch
     negative = choose<false>(row, nearest_negative, semi_hard ? positive.value : none, all, shared);
   }
   if (threadIdx.x != 0) return;
-  const int64_t a = stripe.first + blockIdx.x, anchors = batch.anchors.count;
+  const int64_t a = stripe.first + blockIdx.x, anchors = pairs.anchors.count;
   T* values = static_cast<T*>(found.values);
   values[a] = positive.value;
   values[anchors + a] = negative.value;
@@ -52,10 +52,10 @@ __global__ void __launch_bounds__(kBlockThreads, 2) mine_rows_kernel(Batch batch
 
 }  // namespace
 
-void mine_rows(const Batch& batch, const Stripe& stripe, const Strategies& strategies, const DirectFound& found, void* stream) {
-  dispatch_compute(batch.storage, [&](auto t) {
+void mine_rows(const Pairs& pairs, const Stripe& stripe, const Strategies& strategies, const DirectFound& found, void* stream) {
+  dispatch_compute(pairs.storage, [&](auto t) {
     using T = decltype(t);
-    launch(mine_rows_kernel<T>, stripe.rows, kBlockThreads, sizeof(MiningShared<T>), stream, batch, stripe, strategies, found);
+    launch(mine_rows_kernel<T>, stripe.rows, kBlockThreads, sizeof(MiningShared<T>), stream, pairs, stripe, strategies, found);
   });
 }
 

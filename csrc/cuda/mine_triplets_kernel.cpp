@@ -16,9 +16,10 @@ void mine_and_finish(const OwnedBatch& b, const Strategies& strategies, const Tr
   const at::Tensor values = at::empty({2, anchors}, b.x.options().dtype(compute_type(b.x.scalar_type())));
   const at::Tensor indices = at::empty({2, anchors}, b.x.options().dtype(at::kInt));
   const DirectFound found{1, values.mutable_data_ptr(), indices.mutable_data_ptr<int32_t>()};
-  for_each_stripe(b, false, stream, [&](const Stripe& stripe) {
+  const OwnedPairs pairs = centred_pairs(b, stream);
+  for_each_stripe(b, pairs.view, Pull::none, stream, [&](const Stripe& stripe) {
     const Stage stage("rows");
-    mine_rows(b.view, stripe, strategies, found, stream);
+    mine_rows(pairs.view, stripe, strategies, found, stream);
   });
   const Stage stage("recompute");
   finish_direct(b.view, found, out, options, stream);

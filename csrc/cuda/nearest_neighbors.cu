@@ -49,12 +49,12 @@ struct Bound {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kBlockThreads, 2) nearest_rows_kernel(Batch batch, Stripe stripe, int k, T* distances, int64_t* indices) {
+__global__ void __launch_bounds__(kBlockThreads, 2) nearest_rows_kernel(Pairs pairs, Stripe stripe, int k, T* distances, int64_t* indices) {
   auto& shared = shared_memory<NearestShared<T>>();
   using Bits = decltype(distance_bits(T{}));
-  const AnchorRow<T> row = anchor_row<T>(batch, stripe, blockIdx.x);
+  const AnchorRow<T> row = anchor_row<T>(pairs, stripe, blockIdx.x);
   const int64_t out = (stripe.first + blockIdx.x) * k;
-  if (batch.flags->not_finite) return;
+  if (pairs.flags->not_finite) return;
 
   Bound<Bits> bound;
   int needed = k;  // among the candidates that agree
@@ -121,10 +121,10 @@ __global__ void nobody_near_kernel(const Flags* flags, int64_t elements, T* dist
 
 }  // namespace
 
-void nearest_rows(const Batch& batch, const Stripe& stripe, int64_t k, void* distances, int64_t* indices, void* stream) {
-  dispatch_compute(batch.storage, [&](auto t) {
+void nearest_rows(const Pairs& pairs, const Stripe& stripe, int64_t k, void* distances, int64_t* indices, void* stream) {
+  dispatch_compute(pairs.storage, [&](auto t) {
     using T = decltype(t);
-    launch(nearest_rows_kernel<T>, stripe.rows, kBlockThreads, sizeof(NearestShared<T>), stream, batch, stripe, int(k),
+    launch(nearest_rows_kernel<T>, stripe.rows, kBlockThreads, sizeof(NearestShared<T>), stream, pairs, stripe, int(k),
            static_cast<T*>(distances), indices);
   });
 }

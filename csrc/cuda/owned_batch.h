@@ -3,6 +3,7 @@
 
 #include <ATen/Functions.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "../common/layout.h"
@@ -52,5 +53,17 @@ inline OwnedBatch own(const at::Tensor& x, const at::Tensor& labels, const Optio
   b.view.reference_labels = b.ref_labels.const_data_ptr<int64_t>();
   return b;
 }
+
+// Where the centre of a batch is to be left, and the tensors that it stands in.
+struct OwnedCentre {
+  at::Tensor sums, mean;
+
+  Centre make(const OwnedBatch& b) {
+    const int slices = centre_slices(std::max(b.x.size(0), b.ref.size(0)));
+    sums = at::empty({2, slices, b.x.size(1)}, b.x.options().dtype(at::kDouble));
+    mean = at::empty({b.x.size(1)}, b.x.options().dtype(at::kFloat));
+    return {slices, sums.mutable_data_ptr<double>(), mean.mutable_data_ptr<float>()};
+  }
+};
 
 }  // namespace deepsim::cuda

@@ -60,49 +60,6 @@ struct Split {
   }
 };
 
-// ---- the centre ----
-
-constexpr int kCentreColumns = 32;
-constexpr int kCentreThreads = 256;
-
-// sums[slice][k] = the sum of column k over every slices-th row, of normalised rows where there are norms.
-template <class S>
-__global__ void centre_sums_kernel(Rows x, const double* norms, int slices, double* sums) {
-  auto& partial = shared_memory<double[kCentreThreads / kCentreColumns][kCentreColumns]>();
-  const int64_t runs = (x.depth + kCentreColumns - 1) / kCentreColumns;
-  const int slice = int(blockIdx.x / runs), lane = int(threadIdx.x) % kCentreColumns, group = int(threadIdx.x) / kCentreColumns;
-  constexpr int kGroups = kCentreThreads / kCentreColumns;
-  const int64_t k = blockIdx.x % runs * kCentreColumns + lane;
-  double sum = 0;
-  if (k < x.depth) {
-    for (int64_t i = int64_t(slice) * kGroups + group; i < x.count; i += int64_t(slices) * kGroups) {
-      const double norm = norms ? norms[i] : 1.0;
-      sum += norm == 0 ? 0.0 : double(widen(row_of<S>(x, i)[k])) / norm;
-    }
-  }
-  partial[group][lane] = sum;
-  __syncthreads();
-  if (group != 0 || k >= x.depth) return;
-  for (int other = 1; other < kGroups; ++other) sum += partial[other][lane];
-  sums[slice * x.depth + k] = sum;
-}
-
-// The mean of the sets' means: with references both weigh the same, whatever their numbers. Any centre does as long as all rows
-// are moved by the same float.
-__global__ void centre_kernel(const double* sums, int slices, int64_t depth, int64_t anchors, int64_t references, bool self_form,
-                              float* centre) {
-  const int64_t k = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (k >= depth) return;
-  const auto mean = [&](int set, int64_t count) {
-    double sum = 0;
-    for (int s = 0; s < slices; ++s) sum += sums[(int64_t(set) * slices + s) * depth + k];
-    return sum / double(count);
-  };
-  centre[k] = float(self_form ? mean(0, anchors) : (mean(0, anchors) + mean(1, references)) / 2);
-}
-
-// ---- packing ----
-
 // The power of two that brings `largest` to [2^10, 2^11), within what a float can hold together with its inverse.
 __device__ __forceinline__ float scale_to_half(float largest) {
   const int exponent = int(__float_as_uint(largest) >> 23 & 255);
@@ -133,12 +90,11 @@ __global__ void __launch_bounds__(kWarp * 8, 4) pack_kernel(PackArguments p) {
   const int64_t row = filling ? 0 : p.out.order[position];
   const S* x = row_of<S>(p.rows, row);
   const bool zero_row = p.norms && p.flags->zero_row;
-  const bool normalised = p.norms && p.centre;
   const double norm = p.norms && !filling ? p.norms[row] : 1.0;
   const bool centred = p.centre && !zero_row;
   const auto element = [&](int64_t k) {
     if (filling || k >= depth) return 0.0f;
-    const float v = normalised ? float(norm == 0 ? 0.0 : double(widen(x[k])) / norm) : float(widen(x[k]));
+    const float v = p.centre ? normalised<float>(x[k], p.norms, row) : float(widen(x[k]));
     return centred ? v - p.centre[k] : v;
   };
 

@@ -1,21 +1,12 @@
-// From strengths to gradients: what each pair's distance weighs pulls at both of its rows.
-//
-// A pair of rows a, b with strength s adds s (a - b) to the gradient of a and s (b - a) to that of b; rows are unit vectors for cosine.
-// It is their difference that is multiplied: where rows are close to each other, a product of matrices would lose it.
+// From strengths to gradients in float64, by plain arithmetic. It is the difference of rows that is multiplied: where they are close to
+// each other, a product of matrices would lose it.
 #pragma once
 
 #include "all_pairs.h"
 #include "block.cuh"
-#include "direct_tile.cuh"
+#include "rows.cuh"
 
 namespace deepsim::cuda {
-
-// Of a distance d that has weight w in the loss. d is |a - b|, |a - b|^2, or for cosine |a - b|^2 / 2; at |a - b| = 0 its slope is 0.
-template <class T>
-__device__ __forceinline__ T strength(Distance distance, T d, T w) {
-  if (distance == Distance::euclidean) return d > 0 ? w / d : T(0);
-  return distance == Distance::sqeuclidean ? 2 * w : w;
-}
 
 constexpr int kPullTile = 64;     // rows, and elements of them, of a block
 constexpr int kPullOthers = 16;   // that pull at them at a time
@@ -23,10 +14,9 @@ constexpr int kPullPerThread = 4;
 constexpr int kPullSide = kPullTile / kPullPerThread;
 static_assert(kPullSide * kPullSide == kBlockThreads && kPullOthers * kPullTile == 4 * kBlockThreads);
 
-template <class T>
 struct PullShared {
-  T strength[kPullOthers][kPullTile + 4];
-  T other[kPullOthers][kPullTile + 4];
+  double strength[kPullOthers][kPullTile + 4];
+  double other[kPullOthers][kPullTile + 4];
   int pulls[2];  // whether any of these strengths is not 0: of even and of odd steps
 };
 
@@ -35,18 +25,16 @@ struct PullArguments {
   const double *own_norm, *other_norm;
   int64_t first_own, own_count;      // rows whose gradient this is
   int64_t first_other, other_count;  // rows that pull
-  const void* strengths;
+  const double* strengths;
   int64_t own_stride, other_stride;  // of strengths, from one row of either to the next
   int splits;
   const Flags* flags;
-  void* out;  // [splits][own_count][depth]
+  double* out;  // [splits][own_count][depth]
   bool accumulate;
 };
 
-template <class S>
-__global__ void __launch_bounds__(kBlockThreads, sizeof(Compute<S>) == 4 ? 2 : 1) pull_kernel(PullArguments p) {
-  using T = Compute<S>;
-  auto& shared = shared_memory<PullShared<T>>();
+__global__ void __launch_bounds__(kBlockThreads) pull_kernel(PullArguments p) {
+  auto& shared = shared_memory<PullShared>();
   if (p.flags->not_finite) return;  // no strengths were written
   const int64_t depth = p.own.depth;
   const int64_t row_tiles = (p.own_count + kPullTile - 1) / kPullTile, depth_tiles = (depth + kPullTile - 1) / kPullTile;
@@ -54,12 +42,12 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(Compute<S>) == 4 ? 2 : 1
   const int64_t first_row = tile % row_tiles * kPullTile, first_element = tile / row_tiles * kPullTile;
   const int row = int(threadIdx.x) / kPullSide * kPullPerThread, element = int(threadIdx.x) % kPullSide * kPullPerThread;
 
-  T own[kPullPerThread][kPullPerThread], sum[kPullPerThread][kPullPerThread];
+  double own[kPullPerThread][kPullPerThread], sum[kPullPerThread][kPullPerThread];
   for (int i = 0; i < kPullPerThread; ++i) {
     for (int k = 0; k < kPullPerThread; ++k) {
       const int64_t r = first_row + row + i, column = first_element + element + k;
       const bool inside = r < p.own_count && column < depth;
-      own[i][k] = inside ? normalised<T>(row_of<S>(p.own, p.first_own + r)[column], p.own_norm, p.first_own + r) : T(0);
+      own[i][k] = inside ? normalised<double>(row_of<double>(p.own, p.first_own + r)[column], p.own_norm, p.first_own + r) : 0.0;
       sum[i][k] = 0;
     }
   }
@@ -77,7 +65,7 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(Compute<S>) == 4 ? 2 : 1
       const bool along_others = p.other_stride == 1;
       const int r = along_others ? at / kPullOthers : at % kPullTile, o = along_others ? at % kPullOthers : at / kPullTile;
       const bool inside = first_row + r < p.own_count && first_other + o < p.other_count;
-      const T s = inside ? static_cast<const T*>(p.strengths)[(first_row + r) * p.own_stride + (first_other + o) * p.other_stride] : T(0);
+      const double s = inside ? p.strengths[(first_row + r) * p.own_stride + (first_other + o) * p.other_stride] : 0.0;
       shared.strength[o][r] = s;
       if (s != 0) atomicOr(&shared.pulls[step % 2], 1);
     }
@@ -87,12 +75,12 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(Compute<S>) == 4 ? 2 : 1
       const int at = int(threadIdx.x) + e * kBlockThreads, o = at / kPullTile, k = at % kPullTile;
       const int64_t other = p.first_other + first_other + o, column = first_element + k;
       const bool inside = first_other + o < p.other_count && column < depth;
-      shared.other[o][k] = inside ? normalised<T>(row_of<S>(p.others, other)[column], p.other_norm, other) : T(0);
+      shared.other[o][k] = inside ? normalised<double>(row_of<double>(p.others, other)[column], p.other_norm, other) : 0.0;
     }
     __syncthreads();
 #pragma unroll
     for (int o = 0; o < kPullOthers; ++o) {
-      T s[kPullPerThread], b[kPullPerThread];
+      double s[kPullPerThread], b[kPullPerThread];
       for (int i = 0; i < kPullPerThread; ++i) s[i] = shared.strength[o][row + i];
       for (int k = 0; k < kPullPerThread; ++k) b[k] = shared.other[o][element + k];
       for (int i = 0; i < kPullPerThread; ++i)
@@ -100,12 +88,12 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(Compute<S>) == 4 ? 2 : 1
     }
   }
 
-  T* out = static_cast<T*>(p.out) + split * p.own_count * depth;
+  double* out = p.out + split * p.own_count * depth;
   for (int i = 0; i < kPullPerThread; ++i) {
     for (int k = 0; k < kPullPerThread; ++k) {
       const int64_t r = first_row + row + i, column = first_element + element + k;
       if (r >= p.own_count || column >= depth) continue;
-      T& to = out[r * depth + column];
+      double& to = out[r * depth + column];
       to = p.accumulate ? to + sum[i][k] : sum[i][k];
     }
   }

@@ -70,6 +70,14 @@ __global__ void __launch_bounds__(kBlockThreads) finish_sums_kernel(const RowSum
   for (int i = 0; i < 2; ++i) static_cast<T*>(out.means)[i] = not_a_number<T>();
 }
 
+// What a row's pairs pull with, from what its threads have added up.
+template <class T>
+__device__ __forceinline__ void store_strength_sum(T own, const Stripe& stripe, RowSumsShared& shared) {
+  if (!stripe.anchor_sums) return;
+  const double sum = block_sum(double(own), shared.values);
+  if (threadIdx.x == 0) static_cast<T*>(stripe.anchor_sums)[blockIdx.x] = T(sum);
+}
+
 // A row's sums from those of its threads.
 __device__ __forceinline__ void store_sums(RowSums own, RowSumsShared& shared, RowSums& out) {
   for (int v = 0; v < 4; ++v) own.values[v] = block_sum(own.values[v], shared.values);

@@ -14,6 +14,14 @@ __device__ __forceinline__ const S* row_of(const Rows& x, int64_t i) {
   return static_cast<const S*>(x.data) + i * x.stride;
 }
 
+// An element as distances see it: for cosine (where there are norms) that of the unit vector, or of zero. Divided, not multiplied by
+// the inverse: so rows of one column become exactly 1 and -1.
+template <class T, class S>
+__device__ __forceinline__ T normalised(S v, const double* norms, int64_t row) {
+  if (!norms) return T(widen(v));
+  return norms[row] == 0 ? T(0) : T(double(widen(v)) / norms[row]);
+}
+
 // The distance of two rows by direct differences in double, by one warp. Norms are read for cosine only.
 template <class S>
 __device__ __forceinline__ double distance_between(const S* a, const S* b, int64_t depth, Distance distance, double norm_a,

@@ -372,23 +372,27 @@ void check_wgmma_mirror(std::mt19937& random) {
 
 struct RaisedShared {
   int32_t value;
+  unsigned long long wide;
 };
 
-__global__ void load_relaxed_shared_kernel(int32_t* out) {
+__global__ void load_relaxed_shared_kernel(int32_t* out, unsigned long long* wide) {
   auto& shared = shared_memory<RaisedShared>();
-  if (threadIdx.x == 0) shared.value = -1;
+  if (threadIdx.x == 0) shared = {-1, 0};
   __syncthreads();
   atomicMax(&shared.value, int32_t(threadIdx.x));
+  atomicMax(&shared.wide, (unsigned long long)threadIdx.x << 33 | 5);
   __syncthreads();
   out[threadIdx.x] = ptx::load_relaxed_shared(&shared.value);
+  wide[threadIdx.x] = ptx::load_relaxed_shared(&shared.wide);
 }
 
 void check_load_relaxed_shared() {
   Buffer<int32_t> out(64);
-  launch(load_relaxed_shared_kernel, 1, 64, sizeof(RaisedShared), nullptr, &out[0]);
+  Buffer<unsigned long long> wide(64);
+  launch(load_relaxed_shared_kernel, 1, 64, sizeof(RaisedShared), nullptr, &out[0], &wide[0]);
   synchronize();
   bool right = true;
-  for (int i = 0; i < 64; ++i) right &= out[i] == 63;
+  for (int i = 0; i < 64; ++i) right &= out[i] == 63 && wide[i] == (63ull << 33 | 5);
   expect(right, "load_relaxed_shared after atomicMax");
 }
 

@@ -254,6 +254,7 @@ void wgmma_wait(float (&)[kFragments][4], int line = __builtin_LINE()) {
 
 inline void forget(int&) {}
 inline int32_t load_relaxed_shared(const int32_t* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+inline unsigned long long load_relaxed_shared(const unsigned long long* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
 inline unsigned long long load_relaxed(const unsigned long long* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
 
 }  // namespace ptx
