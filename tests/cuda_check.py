@@ -263,6 +263,7 @@ def main() -> int:
     for kernel, name in sorted(
         zip(found, names, strict=True), key=lambda pair: (pair[1], pair[0].architecture)
     ):
+        name = name.replace("(anonymous namespace)::", "")
         name = re.sub(r"^void |deepsim::cuda::|\(.*\)$", "", name)
         size = shared.get(kernel.name, 0)
         blocks = blocks_per_multiprocessor(kernel, size)

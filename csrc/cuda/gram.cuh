@@ -232,6 +232,17 @@ union GradientTileShared {
   Lines<S, Product::kColumns, kGramTile, 16> position;
 };
 
+// What a block works on. Blocks that read the same positions follow each other.
+struct GradientTile {
+  int64_t channel, position, b;
+
+  __device__ __forceinline__ GradientTile(const GramGradientLayer& layer, int block, int positions) {
+    channel = block % layer.channel_tiles * kGramTile;
+    position = block / layer.channel_tiles % layer.position_tiles * positions;
+    b = block / layer.channel_tiles / layer.position_tiles;
+  }
+};
+
 // One tile of m F: channels down, positions across.
 template <class Product>
 __global__ void __launch_bounds__(Product::kThreads, 2) gram_gradient_kernel(const __grid_constant__ GramGradient work) {
@@ -241,21 +252,25 @@ __global__ void __launch_bounds__(Product::kThreads, 2) gram_gradient_kernel(con
   auto& shared = shared_memory<GradientTileShared<Product>>();
   const GramGradientLayer& layer = work.layer[layer_of(work.layer, work.count, &GramGradientLayer::first_product)];
   const Features &f = layer.features, &grad = layer.grad;
-  // Blocks that read the same positions follow each other.
-  const int64_t block = blockIdx.x - layer.first_product, channel = block % layer.channel_tiles * kGramTile;
-  const int64_t position = block / layer.channel_tiles % layer.position_tiles * Product::kColumns;
-  const int64_t b = block / layer.channel_tiles / layer.position_tiles;
-  const Symmetric<S> symmetric(layer, b);
-  Matrix<S> m[Product::kLefts];
-  m[0] = {symmetric.big, f.channels, f.channels, f.channels, 1};
-  if constexpr (kIsSum) m[1] = {symmetric.small, f.channels, f.channels, f.channels, 1};
-  const Matrix<S> x{sample<S>(f, b), f.positions, f.channels, f.position_stride, f.channel_stride};
+  int block = int(blockIdx.x - layer.first_product);
   Product product;
-  if (f.position_stride == 1) {
-    multiply<false, true>(product, shared.stage, m, channel, x, position, false, 0, f.channels);
-  } else {
-    multiply<false, false>(product, shared.stage, m, channel, x, position, false, 0, f.channels);
+  {
+    const GradientTile tile(layer, block, Product::kColumns);
+    const Symmetric<S> symmetric(layer, tile.b);
+    Matrix<S> m[Product::kLefts];
+    m[0] = {symmetric.big, f.channels, f.channels, f.channels, 1};
+    if constexpr (kIsSum) m[1] = {symmetric.small, f.channels, f.channels, f.channels, 1};
+    const Matrix<S> x{sample<S>(f, tile.b), f.positions, f.channels, f.position_stride, f.channel_stride};
+    if (f.position_stride == 1) {
+      multiply<false, true>(product, shared.stage, m, tile.channel, x, tile.position, false, 0, f.channels);
+    } else {
+      multiply<false, false>(product, shared.stage, m, tile.channel, x, tile.position, false, 0, f.channels);
+    }
   }
+  ptx::forget(block);  // or what is needed of it now would have taken registers from the product
+  const GradientTile tile(layer, block, Product::kColumns);
+  const int64_t channel = tile.channel, position = tile.position;
+  const Symmetric<S> symmetric(layer, tile.b);
   __syncthreads();  // all are through with the stages
   const bool along = grad.position_stride == 1;
   product.for_each_pair([&](int r, int c, T first, T second) {
@@ -275,7 +290,7 @@ __global__ void __launch_bounds__(Product::kThreads, 2) gram_gradient_kernel(con
     }
   });
   __syncthreads();
-  S* to = const_cast<S*>(sample<S>(grad, b)) + channel * grad.channel_stride + position * grad.position_stride;
+  S* to = const_cast<S*>(sample<S>(grad, tile.b)) + channel * grad.channel_stride + position * grad.position_stride;
   if (along) {
     shared.channel.template store<Product::kThreads>(to, grad.channel_stride, f.channels - channel, f.positions - position);
   } else {

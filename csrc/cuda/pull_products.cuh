@@ -23,29 +23,44 @@ struct PullProducts {
   bool accumulate;
 };
 
+// What a block works on.
+struct PullTile {
+  int64_t split, first_row, first_element;
+
+  __device__ __forceinline__ PullTile(const PullProducts& p, int block) {
+    const int64_t depth_tiles = (p.depth + PullProduct::kColumns - 1) / PullProduct::kColumns;
+    const int64_t tiles = (p.strengths.rows + kGramTile - 1) / kGramTile * depth_tiles;
+    split = block / tiles;
+    first_row = block % tiles / depth_tiles * kGramTile;
+    first_element = block % tiles % depth_tiles * PullProduct::kColumns;
+  }
+};
+
 // kAcross: strengths of rows that are pulled are adjacent.
 template <bool kAcross>
 __global__ void __launch_bounds__(PullProduct::kThreads, 2) pull_products_kernel(PullProducts p) {
   auto& stage = shared_memory<ProductStage<PullProduct>[kPullStages]>();
   if (p.flags->not_finite) return;
-  const int64_t rows = p.strengths.rows, others = p.strengths.depth;
-  const int64_t row_tiles = (rows + kGramTile - 1) / kGramTile;
-  const int64_t depth_tiles = (p.depth + PullProduct::kColumns - 1) / PullProduct::kColumns;
-  const int64_t split = blockIdx.x / (row_tiles * depth_tiles), tile = blockIdx.x % (row_tiles * depth_tiles);
-  const int64_t first_row = tile / depth_tiles * kGramTile, first_element = tile % depth_tiles * PullProduct::kColumns;
+  const int64_t others = p.strengths.depth;
   constexpr int kChunk = Operand<float, kGramTile>::kDepth;
   const int64_t chunks = (others + kChunk - 1) / kChunk, share = (chunks + p.splits - 1) / p.splits * kChunk;
-  const int64_t begin = split * share < others ? split * share : others, end = begin + share < others ? begin + share : others;
-
   PullProduct product;
-  const Matrix<float> strengths[1] = {p.strengths};
-  const Matrix<float> transposed{p.others.rows, p.depth, others, 1, p.others.stride};
-  multiply<kAcross, true>(product, stage, strengths, first_row, transposed, first_element, false, begin, end);
-  float* out = p.out + split * rows * p.depth;
+  {
+    const PullTile tile(p, int(blockIdx.x));
+    const int64_t begin = tile.split * share < others ? tile.split * share : others;
+    const int64_t end = begin + share < others ? begin + share : others;
+    const Matrix<float> strengths[1] = {p.strengths};
+    const Matrix<float> transposed{p.others.rows, p.depth, others, 1, p.others.stride};
+    multiply<kAcross, true>(product, stage, strengths, tile.first_row, transposed, tile.first_element, false, begin, end);
+  }
+  int block = int(blockIdx.x);
+  ptx::forget(block);  // or what is needed of it now would have taken registers from the product
+  const PullTile tile(p, block);
+  float* out = p.out + tile.split * p.strengths.rows * p.depth;
   product.for_each_pair([&](int r, int c, float first, float second) {
-    const int64_t row = first_row + r, element = first_element + c;
-    if (row >= rows) return;
-    const float sum = split == 0 ? p.sums[row] : 0;
+    const int64_t row = tile.first_row + r, element = tile.first_element + c;
+    if (row >= p.strengths.rows) return;
+    const float sum = tile.split == 0 ? p.sums[row] : 0;
     const auto put = [&](int next, float pulled) {
       if (element + next >= p.depth) return;
       float& to = out[row * p.depth + element + next];
