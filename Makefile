@@ -31,9 +31,9 @@ test-fast: $(VENV)/built
 EMULATED := not gradcheck or (gradcheck and mean and not nonzero and l2) or (gradcheck and sum and soft)
 EMULATED_GRAM := not (gradcheck or double_backward or test_gram.py and opcheck or 37.5 or none or bchw or gatys)
 EMULATED_GRAM := $(EMULATED_GRAM) and not (mean and l1) and not (sum and l2)
-EMULATED_PAIRS := (values and (all-mean_nonzero or window-mean or semi_hard-soft or contrastive-mean_nonzero) and (cosine-float64 or -euclidean-float16))
-EMULATED_PAIRS := $(EMULATED_PAIRS) or whole_numbers or duplicates or cancels or margins or (nan_or_inf and bfloat16 and nan)
-EMULATED_STRATEGIES := (brute_force or values) and cosine-float64 or minus_one and euclidean
+EMULATED_PAIRS := (values and (all-mean_nonzero or window-mean or semi_hard-soft or contrastive-mean_nonzero) and (cosine-float64 or cosine-float32 or -euclidean-float16))
+EMULATED_PAIRS := $(EMULATED_PAIRS) or (long_rows and sqeuclidean) or whole_numbers or duplicates or cancels or margins or (nan_or_inf and bfloat16 and nan)
+EMULATED_STRATEGIES := (brute_force or values) and (cosine-float64 or cosine-float32) or minus_one and euclidean
 test-emulated: $(VENV)/built
 	$(PYTEST) --emulated tests/test_batch_hard.py -k "$(EMULATED)"
 	DEEPSIM_CUDA_MINING=mma $(PYTEST) --emulated tests/test_batch_hard.py -k "selection or ties or euclidean-float32"

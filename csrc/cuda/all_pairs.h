@@ -35,7 +35,7 @@ struct Stripe {
   void* strengths;         // [rows][stride] of all pairs; null also for a loss in which few pairs have any
   void* anchor_sums;       // [rows] of strengths
   void* reference_sums;    // [references]
-  uint32_t* single;        // [rows][stride / 32] all zero at the start: a bit for each pair that pulls by itself
+  uint32_t* single;        // [rows][stride / 32] a bit for each pair that pulls by itself
   void* single_strengths;  // [rows][stride] of those, which count for 0 in `strengths`; may be where the distances are
 };
 
@@ -47,7 +47,8 @@ struct RowSums {
   int64_t counts[4];
 };
 
-// Distances of a stripe: by tensor cores where rows are centred. Otherwise flags what is not finite.
+// Distances of a stripe, and none of its pairs marked as single. By tensor cores where rows are centred; otherwise flags what is not
+// finite.
 void pair_distances(const Pairs& pairs, const Stripe& stripe, void* stream);
 
 // ---- row kernels: a block for every row of the stripe ----

@@ -89,7 +89,6 @@ void for_each_stripe(const OwnedBatch& b, const Pairs& pairs, Pull which, void* 
   }
   for (; stripe.first < anchors; stripe.first += rows) {
     stripe.rows = std::min(rows, anchors - stripe.first);
-    if (single.defined()) single.zero_();
     {
       const Stage stage("tiles");
       pair_distances(pairs, stripe, stream);

@@ -6,6 +6,17 @@
 
 namespace deepsim::cuda {
 
+// No pair of a tile of kDirectTile anchors and kColumns references pulls by itself yet.
+template <int kColumns>
+__device__ __forceinline__ void clear_marks(const Stripe& stripe, int64_t first_row, int64_t first_column) {
+  constexpr int kWords = kColumns / 32;
+  if (!stripe.single) return;
+  for (int i = int(threadIdx.x); i < kDirectTile * kWords; i += kDirectThreads) {
+    const int64_t row = first_row + i / kWords, word = first_column / 32 + i % kWords, words = stripe.stride / 32;
+    if (row < stripe.rows && word < words) stripe.single[row * words + word] = 0;
+  }
+}
+
 // One block for a tile of anchors and references.
 template <class S>
 __global__ void __launch_bounds__(kDirectThreads, 2) pair_distances_kernel(Pairs pairs, Stripe stripe) {
@@ -13,6 +24,7 @@ __global__ void __launch_bounds__(kDirectThreads, 2) pair_distances_kernel(Pairs
   auto& shared = shared_memory<DirectElements<T>>();
   const int64_t row_tiles = (stripe.rows + kDirectTile - 1) / kDirectTile;
   const int64_t first_row = blockIdx.x % row_tiles * kDirectTile, first_column = blockIdx.x / row_tiles * kDirectTile;
+  clear_marks<kDirectTile>(stripe, first_row, first_column);
   T square[kDirectPerThread][kDirectPerThread];
   direct_squares<S>(shared, pairs.anchors, pairs.anchor_norm, stripe.first + first_row, pairs.references, pairs.reference_norm,
                     first_column, square);

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "all_pairs.h"
-#include "direct_tile.cuh"
+#include "pair_distances.cuh"
 #include "strength.cuh"
 #include "tile_product.cuh"
 
@@ -51,6 +51,7 @@ __global__ void __launch_bounds__(PairProduct::kThreads, 2) pair_products_kernel
   const int64_t depth = pairs.anchors.depth, columns = pairs.references.count;
   const CentredRows &a = pairs.centred_anchors, &b = pairs.centred_references;
   float* distances = static_cast<float*>(stripe.distances);
+  clear_marks<PairProduct::kColumns>(stripe, first_row, first_column);
   if (threadIdx.x == 0) shared.close = 0;
 
   PairProduct product;

@@ -336,7 +336,7 @@ void check_all_pairs(const std::string& name, int64_t n, int64_t m, int64_t dept
   Buffer<T> distances(rows * stride), strengths(rows * stride), anchor_sums(rows), reference_sums(m);
   const auto for_each_stripe = [&](const Pairs& of, bool few, auto run) {
     for (int64_t first = 0; first < n; first += rows) {
-      Buffer<uint32_t> single(rows * stride / 32, 0);
+      Buffer<uint32_t> single(rows * stride / 32);
       Stripe stripe = {first, std::min(rows, n - first), stride, distances};
       if (few) {
         stripe.single_strengths = strengths;
