@@ -82,7 +82,7 @@ def batch_hard(n: int, d: int, split: bool, itemsize: int, way: str) -> list[Sta
 
 
 def all_pairs(n: int, d: int) -> list[Stage]:
-    """Forward and backward of batch-all with every negative active and no pair close: in float32, whatever the storage."""
+    """Forward and backward of batch-all, every negative active and no pair close; float32 in any storage."""
     stripe = min(n, max(64, 2**22 // n // 64 * 64))
     stripes = math.ceil(n / stripe)
     product = 3 * 2 * n * n * d / TF32_FLOPS
@@ -101,7 +101,7 @@ def all_pairs(n: int, d: int) -> list[Stage]:
         Stage("rows", l2=2 * matrix + 8 * n * n, plain=60 * n * n, launches=stripes),
         Stage(
             "pull",
-            # Strengths by tiles of 128 elements of a row, others by tiles of 64 rows, of either side; parts of sums.
+            # Strengths by tiles of 128 elements of a row, others by tiles of 64 rows; parts of sums.
             l2=2 * (matrix * math.ceil(d / 128) + n * n * d * 4 / 64) + 2 * 132 * stripes * 64 * 128 * 4,
             tensor=2 * product,
             launches=3 * stripes,
@@ -156,11 +156,7 @@ def main() -> int:
         for n in (4096, 16384, 65536)
         for d in (128, 512)
     ]
-    cases += [
-        (f"batch-all N={n} D={d}", all_pairs(n, d))
-        for n in (1024, 4096, 16384)
-        for d in (128, 512)
-    ]
+    cases += [(f"batch-all N={n} D={d}", all_pairs(n, d)) for n in (1024, 4096, 16384) for d in (128, 512)]
     cases += [
         (f"style {s}x{s} {name}", style(s, itemsize))
         for name, itemsize in (("float32", 4), ("bfloat16", 2))
