@@ -137,7 +137,8 @@ PLANTED = {
         NO_PULL.replace("if (", "if (threadIdx.x % 2 || "),
         "divergent __syncthreads",
     ),
-    "missing_barrier_before_measuring": ("pair_products.cuh", CLOSE_BARRIER, "", "wrong: "),
+    # Threads that see different numbers of close pairs go different ways.
+    "missing_barrier_before_measuring": ("pair_products.cuh", CLOSE_BARRIER, "", "divergent __syncthreads"),
     "missing_barrier_in_sums": (
         "pull_products.cuh",
         SUMS_BARRIER,
