@@ -388,7 +388,6 @@ void check_all_pairs(const std::string& name, int64_t n, int64_t m, int64_t dept
     synchronize();
 
     // A negative almost exactly as far as a positive may be taken for a nearer one: then other triplets count, with nearly the same loss.
-    // So may one that is almost exactly inside the margin, which matters where distances are many times as long as they differ.
     const bool chooses = which == PairLoss::window || which == PairLoss::semi_hard;
     const PlainLoss plain = plain_loss(which, anchors, references, self_form, exact);
     const double expected = plain.sums.values[0] + (which == PairLoss::contrastive ? plain.sums.values[1] : 0);
@@ -410,7 +409,7 @@ void check_all_pairs(const std::string& name, int64_t n, int64_t m, int64_t dept
         }
       }
     }
-    const double tolerance = chooses ? 5e-2 : apart > 0 ? 5e-3 : 1e-4;
+    const double tolerance = chooses ? 5e-2 : 1e-4;
     compare_gradients(grad, gradient, tolerance, what + ": gradient of anchors");
     if (!self_form) compare_gradients(grad_references, of_references, tolerance, what + ": gradient of references");
   }
@@ -441,7 +440,8 @@ void check_all_pairs(const std::string& name, int64_t n, int64_t m, int64_t dept
         negative = choose(false, nearest_negative, semi_hard ? positive : -1, 1e9);
       }
       const auto right = [&](double expected, int64_t at) {
-        return expected < 0 ? indices[at] == kNobody : std::fabs(double(values[at]) - expected) < 1e-5 * std::max(1.0, expected);
+        const double rounding = 1e-5 + (apart > 0 ? 3e-7 * expected : 0);  // one heap is thousands away from the other
+        return expected < 0 ? indices[at] == kNobody : std::fabs(double(values[at]) - expected) < rounding;
       };
       expect(right(positive, a) && right(negative, n + a), name + ": strategies for " + std::to_string(a));
     }
@@ -657,7 +657,7 @@ void check_all(const std::string& type, std::mt19937& random) {
   check_all_pairs<S>(type + " pairs", 90, 0, 21, 12, random);
   check_all_pairs<S>(type + " pairs, two labels", 70, 0, 5, 2, random);
   check_all_pairs<S>(type + " pairs, references", 20, 130, 70, 6, random);
-  check_all_pairs<S>(type + " pairs, two heaps", 90, 0, 9, 12, random, 20);
+  check_all_pairs<S>(type + " pairs, two heaps", 90, 0, 9, 12, random, 2000);  // a product has no digit of distances inside them
   check_gram<S>(type + " gram, slices", {{1, 5, 700, false}}, StyleDistance::l2, random);
   check_gram<S>(type + " gram, layers", {{1, 5, 30, false}, {2, 70, 77, false}, {1, 67, 40, true}}, StyleDistance::l2, random);
   check_gram<S>(type + " gram, whole tiles", {{1, 64, 384, false}, {1, 128, 128, false}, {1, 128, 128, true}}, StyleDistance::l2, random);
