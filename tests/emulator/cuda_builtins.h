@@ -20,7 +20,7 @@ struct float2 {
 
 namespace emulator {
 
-inline Dim3 thread_index() { return {unsigned(block()->running->index), 0, 0}; }
+EMULATOR_NO_TSAN inline Dim3 thread_index() { return {unsigned(block()->running->index), 0, 0}; }
 
 template <class T>
 T shuffle(int line, unsigned mask, T value, int source) {

@@ -98,7 +98,7 @@ struct Thread {
   const Mbarrier* mbarrier = nullptr;     // waited for
   int phase = 0;
 
-  int lane() const { return index % 32; }
+  EMULATOR_NO_TSAN int lane() const { return index % 32; }
 };
 
 // Threads of a warp or a warpgroup that wait for the others at the same operation.
@@ -115,12 +115,23 @@ struct Warpgroup {
   std::vector<std::vector<Product>> products;  // committed groups, then the one that is open
 };
 
+// Some of what fibers of a block share. TSan would look at each access by way of a vector.
+template <class T>
+struct Shared {
+  T* first = nullptr;
+  int count = 0;
+
+  EMULATOR_NO_TSAN T* begin() const { return first; }
+  EMULATOR_NO_TSAN T* end() const { return first + count; }
+  EMULATOR_NO_TSAN T& operator[](int i) const { return first[i]; }
+};
+
 struct Block {
   Dim3 index, grid, size;
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
-  std::vector<Thread> threads;
-  std::vector<Meeting> warps;
+  Shared<Thread> threads;
+  Shared<Meeting> warps;
   std::vector<Warpgroup> warpgroups;
   std::vector<BulkCopy> bulk_copies;  // on their way
   Thread* running = nullptr;
@@ -131,13 +142,13 @@ struct Block {
   uint32_t random = 0;
   char barrier = 0;  // its address stands for the barrier before TSan
 
-  uint32_t draw(uint32_t below) {
+  EMULATOR_NO_TSAN uint32_t draw(uint32_t below) {
     random = random * 1664525u + 1013904223u;
     return uint32_t(uint64_t(random) * below >> 32);  // by the high bits: the low ones repeat after a few draws
   }
 };
 
-inline Block*& block() {
+EMULATOR_NO_TSAN inline Block*& block() {
   static thread_local Block* current = nullptr;
   return current;
 }
@@ -223,22 +234,37 @@ EMULATOR_NO_TSAN inline bool land_one(Block& b, unsigned seed) {
 }
 
 // Even seeds shuffle the threads at every turn (0: in their order); odd seeds draw an order of warps once, and the first warp
-// that can run goes as far ahead of the others as it is able to.
-EMULATOR_NO_TSAN inline std::vector<int> first_order(Block& b, unsigned seed) {
-  std::vector<int> warps(b.warps.size()), order;
+// that can run goes as far ahead of the others as it is able to before they are looked at again.
+EMULATOR_NO_TSAN inline std::vector<Thread*> first_order(Block& b, unsigned seed) {
+  std::vector<int> warps(b.warps.count);
+  std::vector<Thread*> order;
   for (size_t w = 0; w < warps.size(); ++w) warps[w] = int(w);
   if (seed % 2 == 1) {
     for (size_t w = warps.size(); w > 1; --w) std::swap(warps[w - 1], warps[b.draw(uint32_t(w))]);
   }
   for (int w : warps)
-    for (int i = w * 32; i < std::min((w + 1) * 32, int(b.threads.size())); ++i) order.push_back(i);
+    for (int i = w * 32; i < std::min((w + 1) * 32, b.threads.count); ++i) order.push_back(&b.threads[i]);
   return order;
+}
+
+// The warp that begins at `first`, until none of it can go on. False if none could.
+EMULATOR_NO_TSAN inline bool run_warp(Block& b, const Shared<Thread*>& order, int first) {
+  bool ran = false, again = true;
+  while (again) {
+    again = false;
+    for (int k = first; k < first + 32 && k < order.count; ++k) {
+      if (!can_run(*order[k])) continue;
+      resume(b, *order[k]);
+      ran = again = true;
+    }
+  }
+  return ran;
 }
 
 EMULATOR_NO_TSAN inline void run_block(Block& b, unsigned seed) {
   const int count = int(b.size.x);
   b.random = seed * 2654435761u + b.index.x * 40503u + 12345u;
-  b.warps.assign((count + 31) / 32, Meeting{});
+  for (Meeting& m : b.warps) m = {};
   b.warpgroups.assign((count + 127) / 128, Warpgroup{{}, std::vector<std::vector<Product>>(1)});
   b.bulk_copies.clear();
   for (int i = 0; i < count; ++i) {
@@ -250,27 +276,29 @@ EMULATOR_NO_TSAN inline void run_block(Block& b, unsigned seed) {
   }
   std::memset(b.shared, 0xff, b.shared_bytes);  // NaN in every floating format
   release(&b.barrier);
-  std::vector<int> order = first_order(b, seed);
+  std::vector<Thread*> drawn = first_order(b, seed);
+  const Shared<Thread*> order{drawn.data(), count};
   for (;;) {
     bool ran = false;
     if (seed % 2 == 1) {
-      for (size_t k = 0; k < order.size(); ++k) {
-        if (!can_run(b.threads[order[k]])) continue;
-        resume(b, b.threads[order[k]]);
+      for (int first = 0; first < count; first += 32) {
+        if (!run_warp(b, order, first)) continue;
         ran = true;
-        k = size_t(-1);  // back to the first warp
+        first = -32;  // back to the first warp
       }
     } else {
       if (seed != 0) {
-        for (size_t k = order.size(); k > 1; --k) std::swap(order[k - 1], order[b.draw(uint32_t(k))]);
+        for (int k = count; k > 1; --k) std::swap(order[k - 1], order[b.draw(uint32_t(k))]);
       }
-      for (int i : order) {
-        if (!can_run(b.threads[i])) continue;
-        resume(b, b.threads[i]);
+      for (Thread* t : order) {
+        if (!can_run(*t)) continue;
+        resume(b, *t);
         ran = true;
       }
     }
-    if (std::all_of(b.threads.begin(), b.threads.end(), [](const Thread& t) { return t.state == State::done; })) break;
+    bool all_done = true;
+    for (const Thread& t : b.threads) all_done &= t.state == State::done;
+    if (all_done) break;
     if (release_barrier(b) || ran || land_one(b, seed)) continue;
     std::map<std::string, int> places;
     for (const Thread& t : b.threads) ++places[place(t)];
@@ -284,13 +312,15 @@ EMULATOR_NO_TSAN inline void run_block(Block& b, unsigned seed) {
 // Runs kernel() in every thread of one block after another, as long as `next` has any, and returns what went wrong.
 template <class Kernel>
 std::string run_blocks(std::atomic<int64_t>& next, int64_t blocks, int threads, size_t shared_bytes, Kernel kernel) {
-  constexpr size_t kStackBytes = 256 * 1024;
   Block b;
   b.grid.x = unsigned(blocks);
   b.size.x = unsigned(threads);
   b.shared_bytes = shared_bytes;
-  b.threads.resize(threads);
-  for (Thread& t : b.threads) t.fiber.allocate(kStackBytes);
+  std::vector<Thread> all_threads(threads);
+  std::vector<Meeting> all_warps((threads + 31) / 32);
+  b.threads = {all_threads.data(), threads};
+  b.warps = {all_warps.data(), int(all_warps.size())};
+  for (Thread& t : b.threads) IdleFibers::take(t.fiber);
   b.scheduler.adopt_caller();
   // Exactly as large as asked for, so that ASan sees an access behind it.
   const size_t allocated = (shared_bytes + 1024) / 1024 * 1024;
@@ -311,7 +341,7 @@ std::string run_blocks(std::atomic<int64_t>& next, int64_t blocks, int threads, 
   block() = nullptr;
   unpoison(b.shared, allocated);
   std::free(b.shared);
-  for (Thread& t : b.threads) t.fiber.free();
+  for (const Thread& t : b.threads) IdleFibers::give_back(t.fiber);
   return error;
 }
 
@@ -372,7 +402,7 @@ EMULATOR_NO_TSAN void meet(Meeting& m, int first, int size, const char* operatio
   execute(m.slot);
   m.arrived = 0;
   release(&m);
-  for (int i = first; i < std::min<int>(first + size, int(b.threads.size())); ++i) {
+  for (int i = first; i < first + size && i < b.threads.count; ++i) {
     if (b.threads[i].state == State::at_group_operation && (mask >> (i % 32) & 1)) b.threads[i].state = State::ready;
   }
 }
@@ -387,7 +417,7 @@ EMULATOR_NO_TSAN void warp_operation(const char* operation, int line, unsigned m
 template <class Execute>
 EMULATOR_NO_TSAN void warpgroup_operation(const char* operation, int line, void* slot, Execute execute) {
   const int index = block()->running->index / 128;
-  if ((index + 1) * 128 > int(block()->threads.size())) fail(std::string(operation) + ": not in a whole warpgroup");
+  if ((index + 1) * 128 > block()->threads.count) fail(std::string(operation) + ": not in a whole warpgroup");
   Warpgroup& group = block()->warpgroups[index];
   meet(group.meeting, index * 128, 128, operation, line, ~0u, slot, [&](void** slots) { execute(group, slots); });
 }

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <mutex>
+#include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -96,6 +98,8 @@ inline void unpoison([[maybe_unused]] void* p, [[maybe_unused]] size_t bytes) {
 }
 
 struct Fiber {
+  static constexpr size_t kStackBytes = 256 * 1024;
+
   void* stack_pointer = nullptr;
   char* stack = nullptr;
   size_t stack_bytes = 0;
@@ -108,16 +112,21 @@ struct Fiber {
   void* tsan = nullptr;
 #endif
 
-  void allocate(size_t bytes) {
-    stack_bytes = bytes;
-    stack = static_cast<char*>(std::malloc(bytes));
+  void allocate() {
+    stack_bytes = kStackBytes;
+    stack = static_cast<char*>(std::malloc(kStackBytes));
 #if defined(__SANITIZE_THREAD__)
     tsan = __tsan_create_fiber(0);
 #endif
   }
 
+  // What ASan knows of the functions that were not returned from when the fiber was left for good.
+  EMULATOR_NO_TSAN void forget_frames() {
+    if (stack_pointer) unpoison(stack_pointer, size_t(stack + stack_bytes - static_cast<char*>(stack_pointer)));
+  }
+
   void free() {
-    unpoison(stack, stack_bytes);
+    forget_frames();
     std::free(stack);
 #if defined(__SANITIZE_THREAD__)
     __tsan_destroy_fiber(tsan);
@@ -132,7 +141,7 @@ struct Fiber {
 
   // Makes the next switch to this fiber call `entry`, which must not return.
   EMULATOR_NO_TSAN void start(void (*entry)()) {
-    unpoison(stack, stack_bytes);
+    forget_frames();
     // As a call of entry would leave it: rsp + 8 is a multiple of 16 at its first instruction.
     void** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(stack) + stack_bytes) & ~uintptr_t(15)) - 8;
     for (int i = 0; i < 6; ++i) top[i] = nullptr;  // the six registers
@@ -176,6 +185,36 @@ struct Fiber {
     }
   }
 #endif
+};
+
+// Fibers that nobody runs now. To make one takes longer, above all with a sanitizer, than most kernels take to run in it.
+class IdleFibers {
+ public:
+  static void take(Fiber& fiber) {
+    const std::lock_guard<std::mutex> lock(idle().mutex_);
+    std::vector<Fiber>& fibers = idle().fibers_;
+    if (fibers.empty()) return fiber.allocate();
+    fiber = fibers.back();
+    fibers.pop_back();
+  }
+
+  static void give_back(const Fiber& fiber) {
+    const std::lock_guard<std::mutex> lock(idle().mutex_);
+    idle().fibers_.push_back(fiber);
+  }
+
+ private:
+  ~IdleFibers() {
+    for (Fiber& fiber : fibers_) fiber.free();
+  }
+
+  static IdleFibers& idle() {
+    static IdleFibers idle;
+    return idle;
+  }
+
+  std::mutex mutex_;
+  std::vector<Fiber> fibers_;
 };
 
 }  // namespace emulator
