@@ -30,10 +30,7 @@ PROGRAMS = {
 }
 
 
-def check(name: tuple[str, str], folder: Path) -> tuple[bool, str]:
-    """Builds and runs one program: whether it found nothing, and what it said."""
-    sources, arguments = PROGRAMS[name]
-    program = folder / "-".join(name).replace(" ", "")
+def build(sanitizer: str, sources: list[str], program: Path) -> subprocess.CompletedProcess[str]:
     flags = [
         "-std=c++17",
         "-O1",
@@ -41,17 +38,28 @@ def check(name: tuple[str, str], folder: Path) -> tuple[bool, str]:
         "-pthread",
         "-Wno-psabi",
         "-Wno-unknown-pragmas",
-        *SANITIZERS[name[1]],
+        *SANITIZERS[sanitizer],
     ]
     includes = [f"-I{ROOT}", f"-I{ROOT / 'tests' / 'emulator'}"]
-    built = subprocess.run(
-        ["g++", *flags, *includes, *sources, "-o", str(program)], cwd=ROOT, capture_output=True, text=True
-    )
+    command = ["g++", *flags, *includes, *sources, "-o", str(program)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def run(sanitizer: str, program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    # TSan has places of its own for memory, which some kernels' randomised ones overlap.
+    prefix = ["setarch", "-R"] if sanitizer == "TSan" and shutil.which("setarch") else []
+    return subprocess.run([*prefix, str(program), *arguments], capture_output=True, text=True)
+
+
+def check(name: tuple[str, str], folder: Path) -> tuple[bool, str]:
+    """Builds and runs one program: whether it found nothing, and what it said."""
+    sources, arguments = PROGRAMS[name]
+    _, sanitizer = name
+    program = folder / "-".join(name).replace(" ", "")
+    built = build(sanitizer, sources, program)
     if built.returncode != 0:
         return False, built.stderr
-    # TSan has places of its own for memory, which some kernels' randomised ones overlap.
-    prefix = ["setarch", "-R"] if name[1] == "TSan" and shutil.which("setarch") else []
-    process = subprocess.run([*prefix, str(program), *arguments], capture_output=True, text=True)
+    process = run(sanitizer, program, *arguments)
     return process.returncode == 0, process.stdout + process.stderr
 
 

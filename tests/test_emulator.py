@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from . import sanitize
+
 ROOT = Path(__file__).parents[1]
 SCHEDULES = 6
 
@@ -42,6 +44,19 @@ def test_every_kernel_is_right_under_every_schedule(tmp_path):
     process = run(build(ROOT, tmp_path / "check", "-O2"), 0, SCHEDULES)
     assert process.returncode == 0, process.stdout + process.stderr
     assert process.stdout == f"0 wrong in {SCHEDULES} seeds\n"
+
+
+def test_tsan_sees_races_of_threads(tmp_path):
+    """Whichever of them begins, or goes on, before the others have; and nothing where they meet."""
+    program = tmp_path / "check"
+    built = sanitize.build("TSan", ["tests/emulator/check_races.cpp"], program)
+    assert built.returncode == 0, built.stderr
+    for right in ("barrier", "syncwarp", "ticket"):
+        process = sanitize.run("TSan", program, right)
+        assert process.returncode == 0, process.stderr
+    for wrong in ("first_barrier", "second_barrier", "syncwarp", "fence"):
+        process = sanitize.run("TSan", program, f"missing_{wrong}")
+        assert "data race" in process.stderr, wrong
 
 
 BARRIER = "    __syncthreads();  // this chunk is there for all, and nobody needs the one before\n"

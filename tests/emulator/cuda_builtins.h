@@ -61,7 +61,7 @@ inline float __uint_as_float(unsigned u) { return halves::float_of(u); }
 inline long long __double_as_longlong(double d) { return (long long)halves::bits_of(d); }
 inline int __ffs(unsigned v) { return __builtin_ffs(int(v)); }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
-inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+EMULATOR_NO_TSAN inline void __threadfence() { ::emulator::block()->running->fenced = true; }
 
 template <class T>
 T atomicMax(T* p, T value) {
@@ -77,10 +77,13 @@ T atomicMin(T* p, T value) {
   }
   return old;
 }
-// Acquire and release, as after __threadfence: what a ticket orders on the GPU.
+// Orders nothing but after a fence, as the ticket of a block that has written its part.
 template <class T>
 T atomicAdd(T* p, T value) {
-  return __atomic_fetch_add(p, value, __ATOMIC_ACQ_REL);
+  bool& fenced = ::emulator::block()->running->fenced;
+  const bool ticket = fenced;
+  fenced = false;
+  return ticket ? __atomic_fetch_add(p, value, __ATOMIC_ACQ_REL) : __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
 }
 template <class T>
 T atomicOr(T* p, T value) {

@@ -92,6 +92,7 @@ struct Thread {
   Fiber fiber;
   State state = State::ready;
   int index = 0;
+  bool fenced = false;  // since its last atomic addition
   const char* where = "";
   int line = 0;
   std::vector<std::vector<Copy>> copies;  // committed groups, then the one that is open
@@ -101,8 +102,18 @@ struct Thread {
   EMULATOR_NO_TSAN int lane() const { return index % 32; }
 };
 
+// What stands for a place where threads wait for each other before TSan: two addresses by turns. With one, whoever leaves late
+// would also come after what others did when they had left, and TSan would miss that they race.
+struct Turns {
+  int64_t turn[2] = {};
+  unsigned over = 0;
+
+  EMULATOR_NO_TSAN const int64_t* current() const { return &turn[over % 2]; }
+};
+
 // Threads of a warp or a warpgroup that wait for the others at the same operation.
 struct Meeting {
+  Turns turns;
   const char* operation = "";
   int line = 0;
   unsigned mask = 0;  // of the lanes, in each of the warps
@@ -140,7 +151,8 @@ struct Block {
   void* argument = nullptr;
   std::string error;
   uint32_t random = 0;
-  char barrier = 0;  // its address stands for the barrier before TSan
+  Turns barrier;
+  int64_t beginning = 0, end = 0;  // before TSan
 
   EMULATOR_NO_TSAN uint32_t draw(uint32_t below) {
     random = random * 1664525u + 1013904223u;
@@ -171,9 +183,9 @@ EMULATOR_NO_TSAN inline void to_scheduler() {
 EMULATOR_NO_TSAN inline void thread_main() {
   Fiber::entered();
   Block& b = *block();
-  acquire(&b.barrier);
+  acquire(&b.beginning);
   b.entry(b.argument);
-  release(&b.barrier);
+  release(&b.end);
   block()->running->state = State::done;
   to_scheduler();
   std::abort();
@@ -203,6 +215,7 @@ EMULATOR_NO_TSAN inline bool release_barrier(Block& b) {
     }
   }
   for (Thread& t : b.threads) t.state = State::ready;
+  ++b.barrier.over;
   return true;
 }
 
@@ -271,11 +284,12 @@ EMULATOR_NO_TSAN inline void run_block(Block& b, unsigned seed) {
     Thread& t = b.threads[i];
     t.state = State::ready;
     t.index = i;
+    t.fenced = false;
     t.copies.assign(1, {});
     t.fiber.start(&thread_main);
   }
   std::memset(b.shared, 0xff, b.shared_bytes);  // NaN in every floating format
-  release(&b.barrier);
+  release(&b.beginning);
   std::vector<Thread*> drawn = first_order(b, seed);
   const Shared<Thread*> order{drawn.data(), count};
   for (;;) {
@@ -306,7 +320,7 @@ EMULATOR_NO_TSAN inline void run_block(Block& b, unsigned seed) {
     for (const auto& [place, count] : places) stuck += " " + std::to_string(count) + " threads " + place + ";";
     throw std::runtime_error(stuck);
   }
-  acquire(&b.barrier);
+  acquire(&b.end);
 }
 
 // Runs kernel() in every thread of one block after another, as long as `next` has any, and returns what went wrong.
@@ -366,9 +380,10 @@ EMULATOR_NO_TSAN inline void barrier(int line) {
   t.state = State::at_barrier;
   t.where = "__syncthreads";
   t.line = line;
-  release(&block()->barrier);
+  const int64_t* turn = block()->barrier.current();
+  release(turn);
   to_scheduler();
-  acquire(&block()->barrier);
+  acquire(turn);
 }
 
 // Threads come together at one operation: the lanes of `mask` of each of the warps from thread `first` on. The last to arrive carries
@@ -389,19 +404,21 @@ EMULATOR_NO_TSAN void meet(Meeting& m, int first, int size, const char* operatio
   }
   ++m.arrived;
   m.slot[t.index - first] = slot;
-  release(&m);
+  const int64_t* turn = m.turns.current();
+  release(turn);
   if (m.arrived != __builtin_popcount(mask) * (size / 32)) {
     t.state = State::at_group_operation;
     t.where = operation;
     t.line = line;
     to_scheduler();
-    acquire(&m);
+    acquire(turn);
     return;
   }
-  acquire(&m);
+  acquire(turn);
   execute(m.slot);
   m.arrived = 0;
-  release(&m);
+  ++m.turns.over;
+  release(turn);
   for (int i = first; i < first + size && i < b.threads.count; ++i) {
     if (b.threads[i].state == State::at_group_operation && (mask >> (i % 32) & 1)) b.threads[i].state = State::ready;
   }
