@@ -111,6 +111,30 @@ def all_pairs(n: int, d: int) -> list[Stage]:
     ]
 
 
+def neighbors(n: int, d: int) -> list[Stage]:
+    """The search of a few nearest of each row, few others being as near; float32 in any storage."""
+    stripe = min(n, max(64, 2**22 // n // 64 * 64))
+    stripes = math.ceil(n / stripe)
+    matrix = 4 * n * n
+    candidates = 16  # of a row, that are measured; each of the groups that they are in is read
+    passes = 4  # over the least of groups, for the digits of the limit and for what is within it
+    return [
+        Stage("centre", memory=3 * 4 * n * d, launches=3),
+        Stage(
+            "half squares",
+            l2=matrix + n * n * d * 4 * (1 / 64 + 1 / 128),
+            tensor=3 * 2 * n * n * d / TF32_FLOPS,
+            launches=stripes,
+        ),
+        Stage(
+            "rows",
+            l2=passes * matrix / 32 + candidates * n * (d * 4 + 128),
+            plain=passes * 20 * n * n / 32 + candidates * n * 6 * d,
+            launches=stripes,
+        ),
+    ]
+
+
 def style(side: int, itemsize: int) -> list[Stage]:
     """Forward and backward of the five layers of VGG19, all of them in two launches each way."""
     stages = [Stage("launches", launches=4)]
@@ -147,7 +171,10 @@ def style(side: int, itemsize: int) -> list[Stage]:
 
 def main() -> int:
     lines = ["# Expected on an H200", "", __doc__.split("\n\n", 1)[1].strip(), ""]
-    lines += ["Microseconds of forward + backward, and the stages that make them up.", ""]
+    lines += [
+        "Microseconds of forward + backward (neighbors: of the search), and the stages that make them up.",
+        "",
+    ]
     lines += ["| case | total | stages |", "| --- | ---: | --- |"]
     cases = [
         (f"batch-hard N={n} D={d} {name}, {way}", batch_hard(n, d, split, itemsize, way))
@@ -157,6 +184,7 @@ def main() -> int:
         for d in (128, 512)
     ]
     cases += [(f"batch-all N={n} D={d}", all_pairs(n, d)) for n in (1024, 4096, 16384) for d in (128, 512)]
+    cases += [(f"neighbors N={n} D={d}", neighbors(n, d)) for n in (4096, 16384, 65536) for d in (128, 512)]
     cases += [
         (f"style {s}x{s} {name}", style(s, itemsize))
         for name, itemsize in (("float32", 4), ("bfloat16", 2))

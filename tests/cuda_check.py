@@ -56,7 +56,9 @@ int main() {
   std::printf("contrastive_rows_kernel %zu\\n", sizeof(RowSumsShared));
   std::printf("semi_hard_rows_kernel %zu\\n", sizeof(SemiHardShared<double>));
   std::printf("mine_rows_kernel %zu\\n", sizeof(MiningShared<double>));
+  std::printf("near_products_kernel %zu\\n", sizeof(ProductStage<PairProduct>[kPairStages]));
   std::printf("nearest_rows_kernel %zu\\n", sizeof(NearestShared<double>));
+  std::printf("nearest_candidates_kernel %zu\\n", sizeof(NearestShared<float>));
   std::printf("finish_sums_kernel %zu\\n", sizeof(RowSumsShared));
   std::printf("pull_kernel %zu\\n", sizeof(PullShared));
   std::printf("pull_products_kernel %zu\\n", sizeof(ProductStage<PullProduct>[kPullStages]));
@@ -107,7 +109,9 @@ EXPECTATIONS = {
     "contrastive_rows_kernel": Expectation(least_blocks=2),
     "semi_hard_rows_kernel": Expectation(least_blocks=2),
     "mine_rows_kernel": Expectation(least_blocks=2),
+    "near_products_kernel": Expectation(tensor_cores=True, least_blocks=2),
     "nearest_rows_kernel": Expectation(least_blocks=2),
+    "nearest_candidates_kernel": Expectation(least_blocks=2),
     "nobody_near_kernel": Expectation(),
     "finish_sums_kernel": Expectation(),
     "pull_kernel": Expectation(),

@@ -85,6 +85,9 @@ WHOLE_PIECE = "whole = l < lines && first + kPieceElements <= elements;"
 CLOSE_BARRIER = "  __syncthreads();  // all are through with the stages, and know of the tile's close pairs\n"
 SUMS_BARRIER = "  partial[group][lane] = sum;\n  __syncthreads();\n"
 OTHER_INSIDE = "marked = other < stripe.rows && "
+CANDIDATES_BARRIER = "  __syncthreads();\n  const int count = shared.count;\n"
+GROUP_INSIDE = "group < groups && !(least"
+CANDIDATE_INSIDE = "if (candidate && slot < kMostCandidates)"
 CLEARED = "shared.active[s] = 0;\n    __syncthreads();\n"
 
 # A file of csrc/cuda, a piece of it, what is put in its place, and what the emulator has to say then.
@@ -166,6 +169,19 @@ PLANTED = {
         "marked = ",
         "heap-buffer-overflow",
     ),
+    "missing_barrier_after_candidates": (
+        "nearest_neighbors.cu",
+        CANDIDATES_BARRIER,
+        CANDIDATES_BARRIER.replace("  __syncthreads();\n", ""),
+        "divergent __syncthreads",
+    ),
+    "groups_beyond_the_end": ("nearest_neighbors.cu", GROUP_INSIDE, "!(least", "heap-buffer-overflow"),
+    "candidates_beyond_shared_memory": (
+        "nearest_neighbors.cu",
+        CANDIDATE_INSIDE,
+        "if (candidate)",
+        "use-after-poison",
+    ),
     "missing_wait_for_a_product": ("tile_product.cuh", PRODUCT_WAIT, "", "wrong: "),
     "early_refill_of_a_product": (
         "tile_product.cuh",
@@ -198,6 +214,7 @@ CHECKS = {
     "lines.cuh": "float32 gram",
     "tile_product.cuh": "float32 gram",
     "pull.cuh": "float64 pairs",
+    "nearest_neighbors.cu": "float32 neighbors",
 }
 
 

@@ -5,6 +5,7 @@
 
 #include "centre_rows.cuh"
 #include "dispatch.cuh"
+#include "near_products.cuh"
 #include "pair_distances.cuh"
 #include "pair_products.cuh"
 #include "pull.cuh"
@@ -33,13 +34,14 @@ void pair_distances(const Pairs& pairs, const Stripe& stripe, void* stream) {
   };
   dispatch(pairs.storage, [&](auto s) {
     using S = decltype(s);
-    if constexpr (!std::is_same_v<S, double>) {
-      if (pairs.centred_anchors.rows) {
-        return launch(pair_products_kernel<S>, tiles(PairProduct::kColumns), PairProduct::kThreads, sizeof(PairTileShared), stream, pairs,
-                      stripe);
-      }
+    if constexpr (std::is_same_v<S, double>) {
+      launch(pair_distances_kernel, tiles(kDirectTile), kDirectThreads, sizeof(DirectElements<double>), stream, pairs, stripe);
+    } else if (stripe.least) {
+      launch(near_products_kernel, tiles(PairProduct::kColumns), PairProduct::kThreads, sizeof(ProductStage<PairProduct>[kPairStages]),
+             stream, pairs, stripe);
+    } else {
+      launch(pair_products_kernel<S>, tiles(PairProduct::kColumns), PairProduct::kThreads, sizeof(PairTileShared), stream, pairs, stripe);
     }
-    launch(pair_distances_kernel<S>, tiles(kDirectTile), kDirectThreads, sizeof(DirectElements<Compute<S>>), stream, pairs, stripe);
   });
 }
 

@@ -17,7 +17,7 @@ struct CentredRows {
   float* half_norm;  // [count] |row|^2 / 2
 };
 
-// Nothing is centred where distances and gradients go by differences alone: in float64, and for neighbours.
+// Nothing is centred where distances and gradients go by differences alone: in float64.
 struct Pairs : Batch {
   CentredRows centred_anchors, centred_references;  // the same in the self form
 };
@@ -31,6 +31,9 @@ struct Stripe {
   int64_t first, rows;  // anchors
   int64_t stride;       // elements from one row to the next, a multiple of kStripeColumns, at least the references
   void* distances;      // [rows][stride] in the type of the arithmetic; beyond the references undefined
+  // Where it is not null, distances are only approximate, to choose neighbours by: |a - b|^2 / 2 as tensor cores have it, infinite in an
+  // anchor's own column and beyond the references. [rows][stride / 32] the least of each kStripeColumns.
+  float* least;
   // What distances pull with, likewise (see `strength` in strength.cuh). All are null where no gradient is wanted.
   void* strengths;         // [rows][stride] of all pairs; null also for a loss in which few pairs have any
   void* anchor_sums;       // [rows] of strengths
@@ -77,7 +80,7 @@ void contrastive_rows(const Pairs& pairs, const Stripe& stripe, const PairMargin
 void mine_rows(const Pairs& pairs, const Stripe& stripe, const Strategies& strategies, const DirectFound& found, void* stream);
 
 constexpr int64_t kMostNeighbors = 1024;
-// distances [anchors][k] in the type of the arithmetic, indices [anchors][k].
+// distances [anchors][k] in the type of the arithmetic, indices [anchors][k]. Measured by differences, whatever the stripe's are.
 void nearest_rows(const Pairs& pairs, const Stripe& stripe, int64_t k, void* distances, int64_t* indices, void* stream);
 // After all stripes: NaN and -1 throughout where something is not finite.
 void nobody_near(const Batch& batch, int64_t k, void* distances, int64_t* indices, void* stream);

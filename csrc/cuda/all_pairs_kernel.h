@@ -23,22 +23,16 @@ struct OwnedPairs {
   Pairs view;
 };
 
-// As differences take them.
-inline OwnedPairs own_pairs(const OwnedBatch& b) {
-  OwnedPairs p;
-  static_cast<Batch&>(p.view) = b.view;
-  p.view.centred_anchors = p.view.centred_references = {};
-  return p;
-}
-
 // Norms, where distances need them; and where there are no distances to show it, whether the rows are finite.
 inline void prepare(const OwnedBatch& b, void* stream) {
   if (b.view.distance == Distance::cosine || b.x.size(0) == 0 || b.ref.size(0) == 0) row_norms(b.view, stream);
 }
 
-// As tensor cores take them. After `prepare`.
+// As tensor cores take them; in float64, or without a pair, as they are. After `prepare`.
 inline OwnedPairs centred_pairs(const OwnedBatch& b, void* stream) {
-  OwnedPairs p = own_pairs(b);
+  OwnedPairs p;
+  static_cast<Batch&>(p.view) = b.view;
+  p.view.centred_anchors = p.view.centred_references = {};
   if (b.view.storage == Storage::float64 || b.x.size(0) == 0 || b.ref.size(0) == 0) return p;
   const Stage stage("centre");
   const auto options = b.x.options().dtype(at::kFloat);
@@ -61,9 +55,10 @@ constexpr int64_t kStripeRows = 64;  // a multiple of, but for the last
 // Which pairs have a weight in a loss whose gradient is wanted.
 enum class Pull { none, few, all };
 
-// Calls run(stripe) for one stripe of anchors after another, its distances filled in. None where there is no pair.
+// Calls run(stripe) for one stripe of anchors after another, its distances filled in, `approximate` ones where rows are centred. None
+// where there is no pair.
 template <class Run>
-void for_each_stripe(const OwnedBatch& b, const Pairs& pairs, Pull which, void* stream, Run run) {
+void for_each_stripe(const OwnedBatch& b, const Pairs& pairs, Pull which, void* stream, Run run, bool approximate = false) {
   const int64_t anchors = b.x.size(0), references = b.ref.size(0);
   if (anchors == 0 || references == 0) return;
   Stripe stripe = {};
@@ -72,7 +67,11 @@ void for_each_stripe(const OwnedBatch& b, const Pairs& pairs, Pull which, void* 
   const auto options = b.x.options().dtype(compute_type(b.x.scalar_type()));
   const at::Tensor distances = at::empty({rows, stripe.stride}, options);
   stripe.distances = distances.mutable_data_ptr();
-  at::Tensor strengths, sums, single;
+  at::Tensor strengths, sums, single, least;
+  if (approximate && pairs.centred_anchors.rows) {
+    least = at::empty({rows, stripe.stride / kStripeColumns}, options);
+    stripe.least = least.mutable_data_ptr<float>();
+  }
   if (which != Pull::none) {
     strengths = at::empty_like(distances);
     (which == Pull::all ? stripe.strengths : stripe.single_strengths) = strengths.mutable_data_ptr();

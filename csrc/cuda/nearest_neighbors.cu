@@ -2,8 +2,12 @@
 //
 // Distance and index together are one number, of which no two are equal. Its digits, from the highest on, are counted among the
 // candidates that agree with what is known of the k-th smallest number so far, and so the next digit of it is known.
+//
+// Where distances are approximate, those within their error of the k-th smallest are measured by differences, and the k nearest are
+// chosen of these: the same as of all.
 #include "anchor_row.cuh"
 #include "dispatch.cuh"
+#include "rows.cuh"
 
 namespace deepsim::cuda {
 namespace {
@@ -11,10 +15,13 @@ namespace {
 constexpr int kDigitBits = 8, kDigits = 1 << kDigitBits;
 static_assert(kDigits == kBlockThreads);
 
+// That are measured in shared memory: a few more than are wanted. A power of two, as they are sorted.
+constexpr int kMostCandidates = 2 * kMostNeighbors;
+
 template <class T>
 struct NearestShared {
-  T distance[kMostNeighbors];
-  int32_t index[kMostNeighbors];
+  T distance[kMostCandidates];
+  int32_t index[kMostCandidates];
   int32_t digits[kDigits];
   int32_t digit, below, count;
 };
@@ -48,66 +55,177 @@ struct Bound {
   }
 };
 
+// The first digits of the k-th smallest of `count` values, without the own-th: as many as it takes until all candidates that have them
+// are wanted. Of k and more values. Begins and ends with a barrier.
 template <class T>
-__global__ void __launch_bounds__(kBlockThreads, 2) nearest_rows_kernel(Pairs pairs, Stripe stripe, int k, T* distances, int64_t* indices) {
-  auto& shared = shared_memory<NearestShared<T>>();
+struct Selection {
   using Bits = decltype(distance_bits(T{}));
-  const AnchorRow<T> row = anchor_row<T>(pairs, stripe, blockIdx.x);
-  const int64_t out = (stripe.first + blockIdx.x) * k;
-  if (pairs.flags->not_finite) return;
-
   Bound<Bits> bound;
-  int needed = k;  // among the candidates that agree
-  bool all_agreeing = false;
-  int digit = 0;
-  for (; digit < Bound<Bits>::kAllDigits && !all_agreeing; ++digit) {
-    __syncthreads();
-    shared.digits[threadIdx.x] = 0;
-    __syncthreads();
-    for (int64_t c = threadIdx.x; c < row.columns; c += kBlockThreads) {
-      const Bits d = distance_bits(row.distance[c]);
-      if (c == row.own || !bound.agrees(d, uint32_t(c), digit)) continue;
-      atomicAdd(&shared.digits[Bound<Bits>::digit_of(d, uint32_t(c), digit)], 1);
+  int digits = 0;  // decided
+
+  __device__ __forceinline__ Selection(NearestShared<T>& shared, const T* values, int64_t count, int64_t own, int k) {
+    int needed = k;  // among the candidates that agree
+    for (bool all_agreeing = false; digits < Bound<Bits>::kAllDigits && !all_agreeing; ++digits) {
+      __syncthreads();
+      shared.digits[threadIdx.x] = 0;
+      __syncthreads();
+      for (int64_t c = threadIdx.x; c < count; c += kBlockThreads) {
+        const Bits d = distance_bits(values[c]);
+        if (c == own || !bound.agrees(d, uint32_t(c), digits)) continue;
+        atomicAdd(&shared.digits[Bound<Bits>::digit_of(d, uint32_t(c), digits)], 1);
+      }
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        int value = 0, below = 0;
+        while (below + shared.digits[value] < needed) below += shared.digits[value++];
+        shared.digit = value;
+        shared.below = below;
+      }
+      __syncthreads();
+      bound.decide(digits, shared.digit);
+      needed -= shared.below;
+      all_agreeing = shared.digits[shared.digit] == needed;
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
-      int value = 0, below = 0;
-      while (below + shared.digits[value] < needed) below += shared.digits[value++];
-      shared.digit = value;
-      shared.below = below;
-    }
-    __syncthreads();
-    bound.decide(digit, shared.digit);
-    needed -= shared.below;
-    all_agreeing = shared.digits[shared.digit] == needed;
   }
 
-  // Candidates below the bound's digits, and those that have them.
-  __syncthreads();
+  __device__ __forceinline__ int undecided_bits() const {
+    return Bound<Bits>::distance_shift((digits < Bound<Bits>::kDistanceDigits ? digits : Bound<Bits>::kDistanceDigits) - 1);
+  }
+
+  // Whether a candidate is below the bound's digits, or has them.
+  __device__ __forceinline__ bool takes(T value, int64_t c) const {
+    const Bits high = distance_bits(value) >> undecided_bits(), high_bound = bound.distance >> undecided_bits();
+    if (high != high_bound || digits <= Bound<Bits>::kDistanceDigits) return high <= high_bound;
+    const int shift = Bound<Bits>::index_shift(digits - 1);
+    return uint32_t(c) >> shift <= bound.index >> shift;
+  }
+
+  // No less than the k-th smallest value.
+  __device__ __forceinline__ Bits most() const { return bound.distance | ((Bits(1) << undecided_bits()) - 1); }
+};
+
+// Of `count` candidates in shared memory the k nearest. Begins and ends with a barrier.
+template <class T>
+__device__ __forceinline__ void store_nearest(NearestShared<T>& shared, int count, int k, T* distances, int64_t* indices) {
+  sort_by_value<false>(shared.distance, shared.index, count);
+  for (int i = int(threadIdx.x); i < k; i += kBlockThreads) {
+    distances[i] = shared.distance[i];
+    indices[i] = shared.index[i];
+  }
+}
+
+// Of a row of distances.
+template <class T>
+__device__ __forceinline__ void nearest_of_row(NearestShared<T>& shared, const AnchorRow<T>& row, int k, T* distances, int64_t* indices) {
+  const Selection<T> selected(shared, row.distance, row.columns, row.own, k);
   if (threadIdx.x == 0) shared.count = 0;
   __syncthreads();
-  const int distance_digits = digit < Bound<Bits>::kDistanceDigits ? digit : Bound<Bits>::kDistanceDigits;
-  const int shift = Bound<Bits>::distance_shift(distance_digits - 1);
   for (int64_t c = threadIdx.x; c < row.columns; c += kBlockThreads) {
-    if (c == row.own) continue;
-    const T d = row.distance[c];
-    const Bits high = distance_bits(d) >> shift, high_bound = bound.distance >> shift;
-    bool taken = high <= high_bound;
-    if (high == high_bound && digit > Bound<Bits>::kDistanceDigits) {
-      const int index_shift = Bound<Bits>::index_shift(digit - 1);
-      taken = uint32_t(c) >> index_shift <= bound.index >> index_shift;
-    }
-    if (!taken) continue;
+    if (c == row.own || !selected.takes(row.distance[c], c)) continue;
     const int slot = atomicAdd(&shared.count, 1);
-    shared.distance[slot] = d;
+    shared.distance[slot] = row.distance[c];
     shared.index[slot] = int32_t(c);
   }
   __syncthreads();
-  sort_by_value<false>(shared.distance, shared.index, k);
-  for (int i = int(threadIdx.x); i < k; i += kBlockThreads) {
-    distances[out + i] = shared.distance[i];
-    indices[out + i] = shared.index[i];
+  store_nearest(shared, k, k, distances, indices);
+}
+
+__global__ void __launch_bounds__(kBlockThreads, 2) nearest_rows_kernel(Pairs pairs, Stripe stripe, int k, double* distances,
+                                                                        int64_t* indices) {
+  auto& shared = shared_memory<NearestShared<double>>();
+  if (pairs.flags->not_finite) return;
+  const AnchorRow<double> row = anchor_row<double>(pairs, stripe, blockIdx.x);
+  const int64_t out = (stripe.first + blockIdx.x) * k;
+  nearest_of_row(shared, row, k, distances + out, indices + out);
+}
+
+// ---- from approximate distances ----
+
+// The distance by differences in float, by one warp: the same for copies of a row, wherever they are.
+template <class S>
+__device__ __forceinline__ float measured_distance(const Pairs& pairs, int64_t anchor, int64_t reference) {
+  const bool cosine = pairs.distance == Distance::cosine;
+  if (cosine && (pairs.anchor_norm[anchor] == 0 || pairs.reference_norm[reference] == 0)) return 1;
+  const S *a = row_of<S>(pairs.anchors, anchor), *b = row_of<S>(pairs.references, reference);
+  float square = 0;
+#pragma unroll 4
+  for (int64_t k = lane_index(); k < pairs.anchors.depth; k += kWarp) {
+    const float difference = normalised<float>(a[k], pairs.anchor_norm, anchor) - normalised<float>(b[k], pairs.reference_norm, reference);
+    square += difference * difference;
   }
+  return distance_of_half_square(pairs.distance, warp_sum(square) / 2);
+}
+
+// Up to what approximate |a - b|^2 / 2 a row may be as near as one that has `h`.
+//
+// With |a|^2 / 2 = p of centred rows and |b|^2 / 2 = q, product and differences are within e (p + q) of each other: tensor cores cut off
+// at most 2^-23 of the sum of |a_i b_i| <= p + q for each of the 108 terms, in twelve steps of nine, that they add up before the sum is
+// rounded; 2^-21 is left out by the split, and centring and rounded sums have 2^-24 for each of the depth and a few more.
+// As |b| <= |a| + |a - b|, q <= 2 p + 2 |a - b|^2 / 2. Below 2^-100 digits may be missing altogether.
+__device__ __forceinline__ float as_near(float h, float half_norm, int64_t depth) {
+  const double e = 0x1p-15 + double(depth) * 0x1p-24, of_anchor = 3 * e * double(half_norm);
+  const double measured = (double(h) + of_anchor) / (1 - 2 * e);
+  return float(measured * (1 + 2 * e) + of_anchor + 0x1p-100) * 1.000001f;
+}
+
+// Calls visit(column of this lane, whether it is a candidate) for every 32 columns of which one may be, by whole warps.
+template <class Visit>
+__device__ __forceinline__ void for_candidates(const AnchorRow<float>& row, const float* least, int64_t groups, float limit, Visit visit) {
+  for (int64_t first = threadIdx.x / kWarp * kWarp; first < groups; first += kBlockThreads) {
+    const int64_t group = first + lane_index();
+    uint32_t any = __ballot_sync(kAllLanes, group < groups && !(least[group] > limit));
+    for (; any != 0; any &= any - 1) {
+      const int64_t c = (first + __ffs(any) - 1) * kStripeColumns + lane_index();
+      visit(c, c < row.columns && c != row.own && !(row.distance[c] > limit));
+    }
+  }
+}
+
+template <class S>
+__global__ void __launch_bounds__(kBlockThreads, 2) nearest_candidates_kernel(Pairs pairs, Stripe stripe, int k, float* distances,
+                                                                              int64_t* indices) {
+  auto& shared = shared_memory<NearestShared<float>>();
+  if (pairs.flags->not_finite) return;
+  const AnchorRow<float> row = anchor_row<float>(pairs, stripe, blockIdx.x);
+  const int64_t anchor = stripe.first + blockIdx.x, out = anchor * k, groups = stripe.stride / kStripeColumns;
+  const float* least = stripe.least + blockIdx.x * groups;
+
+  // The k-th smallest of the least of groups is no less than that of all, and, with many groups, hardly larger.
+  const bool by_groups = groups >= 2 * k;
+  const Selection<float> selected(shared, by_groups ? least : row.distance, by_groups ? groups : row.columns, by_groups ? -1 : row.own, k);
+  const float limit = as_near(__uint_as_float(selected.most()), row.half_norm, pairs.anchors.depth);
+
+  if (threadIdx.x == 0) shared.count = 0;
+  __syncthreads();
+  for_candidates(row, least, groups, limit, [&](int64_t c, bool candidate) {
+    const uint32_t found = __ballot_sync(kAllLanes, candidate);
+    int slot = lane_index() == 0 ? atomicAdd(&shared.count, __popc(found)) : 0;
+    slot = __shfl_sync(kAllLanes, slot, 0) + __popc(found & ((1u << lane_index()) - 1));
+    if (candidate && slot < kMostCandidates) shared.index[slot] = int32_t(c);
+  });
+  __syncthreads();
+  const int count = shared.count;
+  if (count <= kMostCandidates) {
+    for (int i = int(threadIdx.x) / kWarp; i < count; i += kBlockWarps) {
+      const float d = measured_distance<S>(pairs, anchor, shared.index[i]);
+      if (lane_index() == 0) shared.distance[i] = d;
+    }
+    return store_nearest(shared, count, k, distances + out, indices + out);
+  }
+
+  // Many are equally near, or products have too few digits to tell: distances take the place of what is approximate.
+  for_candidates(row, least, groups, infinity<float>(), [&](int64_t c, bool) {
+    const bool candidate = c < row.columns && c != row.own && !(row.distance[c] > limit);
+    float own = infinity<float>();
+    for (uint32_t found = __ballot_sync(kAllLanes, candidate); found != 0; found &= found - 1) {
+      const int lane = __ffs(found) - 1;
+      const float d = measured_distance<S>(pairs, anchor, c - lane_index() + lane);
+      if (lane_index() == lane) own = d;
+    }
+    row.distance[c] = own;
+  });
+  nearest_of_row(shared, row, k, distances + out, indices + out);
 }
 
 // Nothing is near to what is not finite.
@@ -122,10 +240,16 @@ __global__ void nobody_near_kernel(const Flags* flags, int64_t elements, T* dist
 }  // namespace
 
 void nearest_rows(const Pairs& pairs, const Stripe& stripe, int64_t k, void* distances, int64_t* indices, void* stream) {
-  dispatch_compute(pairs.storage, [&](auto t) {
-    using T = decltype(t);
-    launch(nearest_rows_kernel<T>, stripe.rows, kBlockThreads, sizeof(NearestShared<T>), stream, pairs, stripe, int(k),
-           static_cast<T*>(distances), indices);
+  dispatch(pairs.storage, [&](auto s) {
+    using S = decltype(s);
+    const auto run = [&](auto kernel, auto* to) {
+      launch(kernel, stripe.rows, kBlockThreads, sizeof(NearestShared<Compute<S>>), stream, pairs, stripe, int(k), to, indices);
+    };
+    if constexpr (std::is_same_v<S, double>) {
+      run(nearest_rows_kernel, static_cast<double*>(distances));
+    } else {
+      run(nearest_candidates_kernel<S>, static_cast<float*>(distances));
+    }
   });
 }
 

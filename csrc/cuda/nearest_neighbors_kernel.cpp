@@ -20,11 +20,12 @@ std::tuple<at::Tensor, at::Tensor> nearest_neighbors(const at::Tensor& queries, 
   at::Tensor indices = at::empty({n, k}, queries.options().dtype(at::kLong));
   void* out = distances.mutable_data_ptr();
   int64_t* index = indices.mutable_data_ptr<int64_t>();
-  const OwnedPairs pairs = own_pairs(b);
-  for_each_stripe(b, pairs.view, Pull::none, stream, [&](const Stripe& stripe) {
+  const OwnedPairs pairs = centred_pairs(b, stream);
+  const auto choose = [&](const Stripe& stripe) {
     const Stage stage("rows");
     nearest_rows(pairs.view, stripe, k, out, index, stream);
-  });
+  };
+  for_each_stripe(b, pairs.view, Pull::none, stream, choose, true);
   nobody_near(b.view, k, out, index, stream);
   return {distances, indices};
 }

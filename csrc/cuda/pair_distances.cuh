@@ -1,4 +1,4 @@
-// The distances of a stripe of anchors to all references, by differences.
+// The distances of a stripe of anchors to all references by differences, in float64.
 #pragma once
 
 #include "all_pairs.h"
@@ -18,30 +18,28 @@ __device__ __forceinline__ void clear_marks(const Stripe& stripe, int64_t first_
 }
 
 // One block for a tile of anchors and references.
-template <class S>
 __global__ void __launch_bounds__(kDirectThreads, 2) pair_distances_kernel(Pairs pairs, Stripe stripe) {
-  using T = Compute<S>;
-  auto& shared = shared_memory<DirectElements<T>>();
+  auto& shared = shared_memory<DirectElements<double>>();
   const int64_t row_tiles = (stripe.rows + kDirectTile - 1) / kDirectTile;
   const int64_t first_row = blockIdx.x % row_tiles * kDirectTile, first_column = blockIdx.x / row_tiles * kDirectTile;
   clear_marks<kDirectTile>(stripe, first_row, first_column);
-  T square[kDirectPerThread][kDirectPerThread];
-  direct_squares<S>(shared, pairs.anchors, pairs.anchor_norm, stripe.first + first_row, pairs.references, pairs.reference_norm,
-                    first_column, square);
+  double square[kDirectPerThread][kDirectPerThread];
+  direct_squares<double>(shared, pairs.anchors, pairs.anchor_norm, stripe.first + first_row, pairs.references, pairs.reference_norm,
+                         first_column, square);
   bool finite = true;
   for (int i = 0; i < kDirectPerThread; ++i) {
     for (int j = 0; j < kDirectPerThread; ++j) {
       const int64_t row = first_row + direct_row() + i, column = first_column + direct_column() + j;
       if (row >= stripe.rows || column >= pairs.references.count) continue;
-      T d = square[i][j];
-      finite = finite && d < infinity<T>();
+      double d = square[i][j];
+      finite = finite && d < infinity<double>();
       if (pairs.distance == Distance::euclidean) d = std::sqrt(d);
       if (pairs.distance == Distance::cosine) {
         // |a/|a| - b/|b||^2 / 2 = 1 - cos; a zero row is at distance 1 from everyone.
         const bool zero = pairs.anchor_norm[stripe.first + row] == 0 || pairs.reference_norm[column] == 0;
-        d = zero ? T(1) : d / 2;
+        d = zero ? 1 : d / 2;
       }
-      static_cast<T*>(stripe.distances)[row * stripe.stride + column] = d;
+      static_cast<double*>(stripe.distances)[row * stripe.stride + column] = d;
     }
   }
   if (!finite) atomicOr(&pairs.flags->not_finite, 1);

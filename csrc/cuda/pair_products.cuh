@@ -1,8 +1,8 @@
 // The distances of a stripe of anchors to all references by tensor cores, as |a|^2 + |b|^2 - 2ab of centred rows.
 //
 // Where too little is left of that, rows are close to each other and their distance is measured by differences. Few of a tile are
-// measured by a thread each; many by the tile of differences that neighbours and float64 have. Both add up in the same order: copies of a row
-// are equally far from an anchor, whichever tiles they are in.
+// measured by a thread each; many by the tile of differences that float64 has. Both add up in the same order: copies of a row are equally
+// far from an anchor, whichever tiles they are in.
 #pragma once
 
 #include "all_pairs.h"

@@ -147,6 +147,18 @@ struct TensorProduct {
 #pragma unroll
         for (int h = 0; h < 2; ++h) f(row + i * 16 + h * 8, column + j * 8, sum[i][j][h * 2], sum[i][j][h * 2 + 1]);
   }
+
+  // f(row, first column, at) for this thread's part of a row: at(j, next) is the sum in column first + 8 j + next. Four neighbouring lanes
+  // share kWarpTile columns of a row.
+  template <class F>
+  __device__ __forceinline__ void for_each_row(F f) const {
+    const int lane = lane_index(), warp = int(threadIdx.x) / kWarp;
+    const int row = warp / kWarpsAcross * kWarpTile + lane / 4, column = warp % kWarpsAcross * kWarpTile + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < kRowFragments; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) f(row + i * 16 + h * 8, column, [&](int j, int next) { return sum[i][j][h * 2 + next]; });
+  }
 };
 
 // ---- float64: plain arithmetic ----

@@ -304,6 +304,31 @@ PlainLoss plain_loss(PairLoss which, Points<S>& anchors, Points<S>& references, 
   return out;
 }
 
+// What tensor cores multiply of a batch, which is told of it; nothing in float64.
+template <class S>
+struct OwnCentredRows {
+  int64_t stride;
+  int slices;
+  Buffer<double> sums;
+  Buffer<float> centre, anchors, half_norm, references, reference_half_norm;
+
+  explicit OwnCentredRows(Pairs& pairs)
+      : stride((pairs.anchors.depth + 3) / 4 * 4),
+        slices(centre_slices(std::max(pairs.anchors.count, pairs.references.count))),
+        sums(2 * slices * pairs.anchors.depth),
+        centre(pairs.anchors.depth),
+        anchors(pairs.anchors.count * stride),
+        half_norm(pairs.anchors.count),
+        references(pairs.references.count * stride),
+        reference_half_norm(pairs.references.count) {
+    if (std::is_same_v<S, double>) return;
+    pairs.centred_anchors = {anchors, stride, half_norm};
+    pairs.centred_references = pairs.self_form ? pairs.centred_anchors : CentredRows{references, stride, reference_half_norm};
+    centre_rows(pairs, {slices, sums, centre}, nullptr);
+    synchronize();
+  }
+};
+
 template <class S>
 void check_all_pairs(const std::string& name, int64_t n, int64_t m, int64_t depth, int classes, std::mt19937& random, double apart = 0) {
   using T = Compute<S>;
@@ -313,20 +338,9 @@ void check_all_pairs(const std::string& name, int64_t n, int64_t m, int64_t dept
   Points<S>& references = self_form ? anchors : others;
   m = references.count;
   Buffer<Flags> flags(1, 0);
-  Pairs differences = {};
-  static_cast<Batch&>(differences) = batch_of(anchors, references, self_form, Distance::euclidean, flags);
-  Pairs pairs = differences;
-  const int64_t centred_stride = (depth + 3) / 4 * 4;
-  const int slices = centre_slices(std::max(n, m));
-  Buffer<double> centre_sums(2 * slices * depth);
-  Buffer<float> centre(depth), rows_centred(n * centred_stride), half_norm(n);
-  Buffer<float> references_centred(self_form ? 0 : m * centred_stride), reference_half_norm(self_form ? 0 : m);
-  if (!std::is_same_v<S, double>) {
-    pairs.centred_anchors = {rows_centred, centred_stride, half_norm};
-    pairs.centred_references = self_form ? pairs.centred_anchors : CentredRows{references_centred, centred_stride, reference_half_norm};
-    centre_rows(pairs, {slices, centre_sums, centre}, nullptr);
-    synchronize();
-  }
+  Pairs pairs = {};
+  static_cast<Batch&>(pairs) = batch_of(anchors, references, self_form, Distance::euclidean, flags);
+  OwnCentredRows<S> centred(pairs);
   std::vector<double> exact(n * m);
   for (int64_t a = 0; a < n; ++a)
     for (int64_t j = 0; j < m; ++j) exact[a * m + j] = std::sqrt(anchors.square(a, references, j));
@@ -446,20 +460,45 @@ void check_all_pairs(const std::string& name, int64_t n, int64_t m, int64_t dept
       expect(right(positive, a) && right(negative, n + a), name + ": strategies for " + std::to_string(a));
     }
   }
+}
 
-  const int64_t k = std::min<int64_t>(7, m - self_form);
-  Buffer<T> near(n * k);
+// With `copies` each row of the gallery stands there so many times: of equal distances those with the lowest indices are nearest.
+template <class S>
+void check_neighbors(const std::string& name, int64_t n, int64_t m, int64_t depth, std::mt19937& random, int64_t copies = 1) {
+  using T = Compute<S>;
+  if (!wanted(name)) return;
+  const bool self_form = m == 0;
+  Points<S> queries(n, depth, 1, 0.5, random), others(m, depth, 1, 0.5, random);
+  Points<S>& gallery = self_form ? queries : others;
+  m = gallery.count;
+  for (int64_t i = 0; i < m * depth; ++i) {
+    gallery.x[i] = gallery.x[i / depth % (m / copies) * depth + i % depth];
+    gallery.exact[i] = value_of(gallery.x[i]);
+  }
+  Buffer<Flags> flags(1, 0);
+  Pairs pairs = {};
+  static_cast<Batch&>(pairs) = batch_of(queries, gallery, self_form, Distance::euclidean, flags);
+  OwnCentredRows<S> centred(pairs);
+
+  const int64_t stride = (m + kStripeColumns - 1) / kStripeColumns * kStripeColumns, k = std::min<int64_t>(7, m - self_form);
+  Buffer<T> distances(n * stride), near(n * k);
+  Buffer<float> least(n * stride / kStripeColumns);
   Buffer<int64_t> index(n * k);
-  for_each_stripe(differences, false, [&](const Stripe& stripe) { nearest_rows(differences, stripe, k, near, index, nullptr); });
+  Stripe stripe = {0, n, stride, distances};
+  if (!std::is_same_v<S, double>) stripe.least = least;
+  pair_distances(pairs, stripe, nullptr);
+  nearest_rows(pairs, stripe, k, near, index, nullptr);
+  synchronize();
   for (int64_t a = 0; a < n; ++a) {
-    std::vector<double> sorted;
+    std::vector<std::pair<double, int64_t>> sorted;
     for (int64_t j = 0; j < m; ++j)
-      if (!self_form || j != a) sorted.push_back(exact[a * m + j]);
+      if (!self_form || j != a) sorted.emplace_back(std::sqrt(queries.square(a, gallery, j)), j);
     std::sort(sorted.begin(), sorted.end());
     for (int64_t i = 0; i < k; ++i) {
       const int64_t j = index[a * k + i];
-      const bool inside = j >= 0 && j < m && !(self_form && j == a);
-      expect(inside && std::fabs(exact[a * m + j] - sorted[i]) < 1e-5 && std::fabs(double(near[a * k + i]) - sorted[i]) < 1e-5,
+      const bool inside = j >= 0 && j < m && !(self_form && j == a), is_nearest = copies == 1 || j == sorted[i].second;
+      const double d = inside ? std::sqrt(queries.square(a, gallery, j)) : -1;
+      expect(is_nearest && std::fabs(d - sorted[i].first) < 1e-6 && std::fabs(double(near[a * k + i]) - sorted[i].first) < 1e-6,
              name + ": neighbour " + std::to_string(i) + " of " + std::to_string(a));
     }
   }
@@ -658,6 +697,10 @@ void check_all(const std::string& type, std::mt19937& random) {
   check_all_pairs<S>(type + " pairs, two labels", 70, 0, 5, 2, random);
   check_all_pairs<S>(type + " pairs, references", 20, 130, 70, 6, random);
   check_all_pairs<S>(type + " pairs, two heaps", 90, 0, 9, 12, random, 2000);  // a product has no digit of distances inside them
+  check_neighbors<S>(type + " neighbors", 70, 0, 21, random);
+  check_neighbors<S>(type + " neighbors, many groups", 470, 0, 5, random);
+  check_neighbors<S>(type + " neighbors, gallery", 5, 700, 70, random);
+  check_neighbors<S>(type + " neighbors, copies", 6, 4800, 2, random, 2400);  // more than shared memory has room for
   check_gram<S>(type + " gram, slices", {{1, 5, 700, false}}, StyleDistance::l2, random);
   check_gram<S>(type + " gram, layers", {{1, 5, 30, false}, {2, 70, 77, false}, {1, 67, 40, true}}, StyleDistance::l2, random);
   check_gram<S>(type + " gram, whole tiles", {{1, 64, 384, false}, {1, 128, 128, false}, {1, 128, 128, true}}, StyleDistance::l2, random);
