@@ -1,8 +1,8 @@
 // A kGramTile x kColumns tile of products A B^T by one block, for matrices that lie either way round in memory: tensor cores for
 // float32 (as TF32) and 16-bit storage, plain arithmetic for float64.
 //
-// A float32 is the sum of two TF32 numbers: it rounded to 11 bits, and the rest rounded to as many. Products of the two small parts are
-// left out: below 2^-22 of a term, and of either sign. 16-bit numbers are multiplied as they are. Where A is a float32 matrix and
+// A float32 is the sum of two TF32 numbers: it rounded to 11 bits, and as many of the rest. Products of the two small parts are left out:
+// altogether about 2^-21 of a term, and of either sign. 16-bit numbers are multiplied as they are. Where A is a float32 matrix and
 // B holds 16-bit numbers, A comes as the sum of two 16-bit matrices.
 #pragma once
 
@@ -75,12 +75,12 @@ struct TensorProduct {
   static constexpr int kSteps = 4, kStepsAtOnce = kSplit || kColumns > kGramTile ? 1 : kSteps;
   float sum[kRowFragments][kColumnFragments][4] = {};
 
-  // Leaves the large part in `bits` and returns the rest, both rounded to what TF32 keeps: what lies below, tensor cores cut off.
+  // Leaves the large part in `bits`, rounded to what TF32 keeps, and returns the rest: what is below it, of either sign, of which tensor
+  // cores cut off what TF32 does not keep. Where the bits of a NaN overflow, the rest is one still.
   __device__ __forceinline__ static uint32_t split(uint32_t& bits) {
     const float v = __uint_as_float(bits);
     bits = (bits + 0x1000u) & 0xffffe000u;
-    const float rest = v - __uint_as_float(bits);
-    return rest != rest ? 0x7fc00000u : __float_as_uint(rest) + 0x1000u;
+    return __float_as_uint(v - __uint_as_float(bits));
   }
 
   __device__ __forceinline__ static void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
