@@ -637,6 +637,14 @@ void check_gram(const std::string& name, const std::vector<Shape>& shapes, Style
   }
 }
 
+void check_as_near() {
+  if (!wanted("as near")) return;
+  for (const float h : {0.0f, 1e-30f, 1.0f, 1e30f}) {
+    expect(as_near(h, 1, 128) > h && as_near(h, 1, 128) < h * 1.001f + 1e-3f, "as near: few columns");
+    expect(as_near(h, 1, int64_t(1) << 30) > 1e38f, "as near: no digit of so many columns is sure");
+  }
+}
+
 // Every tile is visited once; of the self form those on and above the diagonal.
 void check_walk() {
   if (!wanted("walk")) return;
@@ -725,6 +733,7 @@ int main(int argc, char** argv) {
         set_schedule(seed, lazy);
         std::mt19937 random(seed);
         check_walk();
+        check_as_near();
         check_sort(random);
         check_all<float>("float32", random);
         check_all<double>("float64", random);
