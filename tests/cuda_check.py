@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from .gpu_check import CHECK_FLAGS
+from .gpu_check import CHECK_FLAGS, CHECKS
 
 ROOT = Path(__file__).parents[1]
 
@@ -256,7 +256,7 @@ def main() -> int:
         jobs = [(source, architecture) for source in sources for architecture in SHARED_BYTES]
         programs = pool.map(
             lambda name: compile_program(ROOT / "tests" / "emulator" / name, folder),
-            ("check_kernels.cpp", "check_wrappers.cpp"),
+            (f"check_{check}.cpp" for check in (*CHECKS, "wrappers")),
         )
         found = [k for kernels in pool.map(lambda job: compile_for(*job, folder), jobs) for k in kernels]
         list(programs)  # an end of the check if one failed

@@ -23,6 +23,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
+# Programs check_<op>.cpp of tests/emulator.
+CHECKS = ("all_pairs", "batch_hard", "gram")
 CHECK_FLAGS = ["-std=c++17", "-O2", "-x", "cu", "-I.", "-Itests/emulator"]
 
 
@@ -49,7 +51,7 @@ Step = tuple[str, list[str], int]  # name, command, seconds allowed
 
 def steps(folder: Path, scratch: Path) -> list[list[Step]]:
     """Groups of steps, in order of what is most worth knowing; those of a group run at the same time."""
-    wrappers, kernels = str(scratch / "check_wrappers"), str(scratch / "check_kernels")
+    programs = {check: str(scratch / f"check_{check}") for check in (*CHECKS, "wrappers")}
     nvcc, sanitizer = toolkit("nvcc"), toolkit("compute-sanitizer")
     wheels = [str(w) for w in sorted((ROOT / "wheels").glob("*.whl"))]
     hopper = is_hopper()
@@ -62,25 +64,28 @@ def steps(folder: Path, scratch: Path) -> list[list[Step]]:
     # Values only: a redirected op is two for whoever counts ops.
     numbers = ["--on-cuda", "-k", "not gradcheck and not are_one_op"]
 
-    def sanitize(tool: str, what: str) -> Step:
-        return (tool, [sanitizer, "--tool", tool, "--error-exitcode", "1", kernels, "0", "1", what], 60)
+    def sanitize(tool: str, check: str, what: str) -> Step:
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "1", programs[check], "0", "1", what]
+        return (f"{tool} {check}", command, 60)
 
     return [
         [("gpu", ["nvidia-smi"], 20)],
         *([[("wheels", [*install, *wheels], 60)]] if wheels else []),
         [
             ("build", [PYTHON, "setup.py", "build_ext", "--inplace"], 250),
-            (
-                "build wrappers",
-                [nvcc, *check_flags, "tests/emulator/check_wrappers.cpp", "-o", wrappers],
-                100,
+            *(
+                (
+                    f"build {check}",
+                    [nvcc, *check_flags, f"tests/emulator/check_{check}.cpp", "-o", program],
+                    150,
+                )
+                for check, program in programs.items()
             ),
-            ("build kernels", [nvcc, *check_flags, "tests/emulator/check_kernels.cpp", "-o", kernels], 150),
         ],
         [
             ("info", [PYTHON, "-m", "deepsim_ext", "info"], 60),
-            ("wrappers", [wrappers], 30),
-            ("kernels", [kernels, "0", "3"], 60),
+            ("wrappers", [programs["wrappers"]], 30),
+            *((check, [programs[check], "0", "3"], 60) for check in CHECKS),
         ],
         [
             ("suite", pytest(3, *numbers, *suite), 150),
@@ -92,11 +97,11 @@ def steps(folder: Path, scratch: Path) -> list[list[Step]]:
         [("stages", [PYTHON, "-m", "benchmarks.gpu_stages", str(folder)], 60)],
         [("benchmark", [PYTHON, "-m", "benchmarks.gpu", str(folder), "--seconds", "100"], 140)],
         [
-            sanitize("memcheck", "float32"),
+            *(sanitize("memcheck", check, "float32") for check in CHECKS),
             # Not of wgmma: where one lane arrives on an mbarrier for its warp, the tool does not see that
             # what the other lanes have read before is read. With all lanes arriving it has no complaint.
-            sanitize("racecheck", "float32 mma"),
-            sanitize("synccheck", "float32"),
+            sanitize("racecheck", "batch_hard", "float32 mma"),
+            *(sanitize("synccheck", check, "float32") for check in CHECKS),
         ],
     ]
 
@@ -166,7 +171,7 @@ def main() -> int:
     for group in steps(folder, scratch):
         with ThreadPoolExecutor(len(group)) as pool:
             results += pool.map(lambda step: run(step, deadline, log, scratch), group)
-        summary = "\n".join("{step:16} {outcome:28} {seconds:6} s  {last}".format(**r) for r in results)
+        summary = "\n".join("{step:22} {outcome:28} {seconds:6} s  {last}".format(**r) for r in results)
         (folder / "summary.txt").write_text(summary + "\n")
         (folder / "summary.json").write_text(json.dumps(results, indent=1) + "\n")
     shutil.rmtree(scratch)

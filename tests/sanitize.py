@@ -19,15 +19,18 @@ CPU_SOURCES = [
     "tests/check_cpu_kernels.cpp",
     *(f"csrc/cpu/{capability}.cpp" for capability in ("portable", "avx2", "avx512")),
 ]
-EMULATOR_SOURCES = ["tests/emulator/check_kernels.cpp"]
+# Of the CUDA kernels, the longest first.
+CHECKS = ("all_pairs", "batch_hard", "gram")
 # Sources and arguments by what is checked. TSan takes a minute for every dtype, which differ in nothing that
 # it looks at.
 PROGRAMS = {
     ("CPU kernels", "ASan + UBSan"): (CPU_SOURCES, []),
     ("CPU kernels", "TSan"): (CPU_SOURCES, []),
-    ("CUDA kernels", "ASan + UBSan"): (EMULATOR_SOURCES, ["0", "1"]),
-    ("CUDA kernels", "TSan"): (EMULATOR_SOURCES, ["1", "1", "float32"]),
 }
+for check in CHECKS:
+    sources = [f"tests/emulator/check_{check}.cpp"]
+    PROGRAMS[f"CUDA kernels of {check}", "ASan + UBSan"] = sources, ["0", "1"]
+    PROGRAMS[f"CUDA kernels of {check}", "TSan"] = sources, ["1", "1", "float32"]
 
 
 def build(sanitizer: str, sources: list[str], program: Path) -> subprocess.CompletedProcess[str]:
