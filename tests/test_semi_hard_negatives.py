@@ -134,7 +134,7 @@ def test_values_match_brute_force(distance, dtype):
 
 
 def rounded_roots(squares: torch.Tensor) -> torch.Tensor:
-    """Square roots as IEEE 754 has them. torch.sqrt leaves some an ulp off on CPUs where MKL has a quicker way."""
+    """Square roots as IEEE 754 has them. torch.sqrt leaves some an ulp off where MKL has a quicker way."""
     return torch.from_numpy(np.sqrt(squares.clamp(min=0).numpy()))
 
 
