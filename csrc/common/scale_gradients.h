@@ -1,7 +1,8 @@
 // The backward of losses whose forward op has formed their gradient already: it is only scaled. For every backend, by torch's operators.
 #pragma once
 
-#include <ATen/Functions.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mul.h>
 
 #include <optional>
 #include <tuple>

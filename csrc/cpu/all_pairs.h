@@ -1,7 +1,10 @@
 // What losses over all pairs of a batch share on the CPU: the walk over squares, and the gradient's last step.
 #pragma once
 
-#include <ATen/Functions.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
 
 #include <vector>
 

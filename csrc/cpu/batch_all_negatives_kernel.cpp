@@ -1,5 +1,6 @@
 // What a block of rows adds to the batch-all loss on the CPU: sort the given lists, count over all tiles, pull the rows.
-#include <ATen/Functions.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/tensor.h>
 #include <torch/library.h>
 
 #include <cmath>

@@ -1,6 +1,6 @@
 // The triplet loss of one triplet an anchor on the CPU, batch-hard or by other strategies: mine, measure the chosen pairs, gather the
 // gradient.
-#include <ATen/Functions.h>
+#include <ATen/ops/empty.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 

@@ -1,5 +1,6 @@
 // Batch-hard mining on the CPU: sort by label, centre and pack, search the tiles.
-#include <ATen/Functions.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include "../batch_hard.h"
+#include "../common/stage.h"
 #include "capability.h"
 #include "choose_again.h"
 #include "mined.h"

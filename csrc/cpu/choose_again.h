@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/choose_again.h"
+#include "../common/stage.h"
 #include "choose.h"
 
 namespace deepsim::cpu {

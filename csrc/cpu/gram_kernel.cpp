@@ -1,7 +1,8 @@
 // Gram matrix and style loss on the CPU: slices of positions, upper-triangle tiles, one fixed-order sum fused with the loss.
 #include "../gram.h"
 
-#include <ATen/Functions.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 

@@ -2,7 +2,7 @@
 // the product that fills it.
 #pragma once
 
-#include <ATen/Functions.h>
+#include <ATen/ops/empty_like.h>
 
 #include <cstdint>
 

@@ -1,7 +1,7 @@
 // One positive and one negative for every anchor: what mining on the CPU returns, to the mining ops and to the losses.
 #pragma once
 
-#include <ATen/Functions.h>
+#include <ATen/ops/full.h>
 
 #include "../common/distance.h"
 #include "../mine_triplets.h"

@@ -2,6 +2,7 @@
 // Where a row that was left out could still be nearer, within the rounding of the tiles, the query is compared with the whole gallery by
 // differences; so are few queries from the start. The result is that of differences throughout: equal distances by ascending index, at
 // the last place as well.
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>

@@ -1,5 +1,5 @@
 // Distances of all pairs of a label on the CPU: those of the tiles that pairs of a label lie in.
-#include <ATen/Functions.h>
+#include <ATen/ops/full.h>
 #include <torch/library.h>
 
 #include <limits>

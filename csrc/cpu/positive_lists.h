@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "../common/stage.h"
 #include "packed_pairs.h"
 
 namespace deepsim::cpu {

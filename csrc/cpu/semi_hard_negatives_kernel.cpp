@@ -1,5 +1,5 @@
 // Semi-hard negatives of a block on the CPU: sort the given lists, search all tiles, put what was found into the order of the call.
-#include <ATen/Functions.h>
+#include <ATen/ops/full.h>
 #include <torch/library.h>
 
 #include <limits>

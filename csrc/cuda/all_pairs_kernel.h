@@ -1,7 +1,9 @@
 // Losses over all pairs on CUDA, the torch side: memory, and the walk over stripes.
 #pragma once
 
-#include <ATen/Functions.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <string_view>

@@ -1,7 +1,9 @@
 // Gram matrix and style loss on CUDA, the torch side: memory and what the launches in gram.cu are to work on.
 #include "../gram.h"
 
-#include <ATen/Functions.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <tuple>

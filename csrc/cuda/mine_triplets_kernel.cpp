@@ -1,4 +1,5 @@
 // Mining by strategy, and the triplet loss of what it finds, on CUDA, the torch side.
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "../mine_triplets.h"

@@ -1,6 +1,9 @@
 // One triplet an anchor, as ops return it: the tensors that the last kernel of mining fills.
 #pragma once
 
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
 #include <tuple>
 
 #include "../common/checks.h"

@@ -1,4 +1,5 @@
 // k nearest neighbours on CUDA, the torch side.
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "../nearest_neighbors.h"

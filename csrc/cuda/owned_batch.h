@@ -1,7 +1,8 @@
 // A batch as kernels take it, from torch's tensors.
 #pragma once
 
-#include <ATen/Functions.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <optional>
