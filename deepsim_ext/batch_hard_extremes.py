@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, reference
+from . import _checks
 
 
 class Extremes(NamedTuple):
@@ -55,6 +55,3 @@ def _(embeddings, labels, ref_embeddings, ref_labels, center, distance):
     values = [embeddings.new_empty((2, n), dtype=_checks.compute_dtype(embeddings)) for n in (rows, refs)]
     indices = [torch.empty_like(v, dtype=torch.int32) for v in values]
     return values[0], indices[0], torch.empty_like(values[0][0]), values[1], indices[1]
-
-
-torch.library.impl("deepsim_ext::batch_hard_extremes", "cuda", reference.batch_hard_extremes)

@@ -99,6 +99,7 @@ EXPECTATIONS = {
     ),
     "choose_again_kernel": Expectation(least_blocks=2),
     "finish_kernel": Expectation(least_blocks=2),
+    "extremes_kernel": Expectation(least_blocks=2),
     "count_kernel": Expectation(),
     "prepare_kernel": Expectation(),
     "gradient_kernel": Expectation(least_blocks=2),

@@ -59,7 +59,7 @@ def steps(folder: Path, scratch: Path) -> list[list[Step]]:
     check_flags = CHECK_FLAGS + native
     install = [PYTHON, "-m", "pip", "install", "--no-index", "--no-deps"]
     install += ["--target", str(scratch / "packages")]
-    suite = ["tests/test_batch_hard.py", "tests/test_gram.py", "tests/test_style.py"]
+    suite = [f"tests/test_{name}.py" for name in ("batch_hard", "batch_hard_extremes", "gram", "style")]
     pairs = [f"tests/test_{name}.py" for name in ("nearest_neighbors", "all_pairs", "mining_strategies")]
     # Values only: a redirected op is two for whoever counts ops.
     numbers = ["--on-cuda", "-k", "not gradcheck and not are_one_op"]

@@ -299,8 +299,8 @@ def test_search_over_nccl(nccl, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
-def test_ops_in_plain_torch(dtype, distance):
-    """Those of a ring of several processes, which have no kernels here, agree with the CPU's."""
+def test_ops_of_a_ring(dtype, distance):
+    """Those of several processes, most of which have no kernels here, agree with the CPU's."""
     g = torch.Generator().manual_seed(1)
     x, ref, others = (torch.randn(n, 20, generator=g).to(dtype) for n in (90, 70, 80))
     labels, ref_labels, other_labels = (torch.randint(9, (n,), generator=g) for n in (90, 70, 80))
@@ -313,7 +313,7 @@ def test_ops_in_plain_torch(dtype, distance):
         op = getattr(torch.ops.deepsim_ext, name)
         expected = op(*arguments)
         got = op(*(a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments))
-        if name == "batch_hard_extremes":  # without half norms: differences lose no digits
+        if name == "batch_hard_extremes" and dtype is torch.float64:  # differences, which lose no digits
             expected, got = expected[:2] + expected[3:], got[:2] + got[3:]
         tensors = ([t] if isinstance(t, torch.Tensor) else t for t in (got, expected))
         for here, there in zip(*tensors, strict=True):

@@ -113,7 +113,12 @@ def test_setup_with_nvcc(architectures, status, said, tmp_path):
 def test_cuda_kernels_are_registered_where_they_are_built():
     """With any torch, also one that knows no GPU."""
     built = bool(deepsim_ext.build_info()["cuda_architectures"])
-    ops = ("batch_hard_mine", "batch_hard_triplet_loss", "batch_hard_triplet_loss_backward")
+    ops = (
+        "batch_hard_mine",
+        "batch_hard_extremes",
+        "batch_hard_triplet_loss",
+        "batch_hard_triplet_loss_backward",
+    )
     for op in (*ops, "gram_matrix", "gram_matrix_backward", "style_loss"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"deepsim_ext::{op}", "CUDA") == built
 

@@ -6,6 +6,7 @@
 #include "centre.cuh"
 #include "choose_again.cuh"
 #include "dispatch.cuh"
+#include "extremes.cuh"
 #include "mine_direct.cuh"
 #include "mine_mma.cuh"
 #include "mine_wgmma.cuh"
@@ -54,6 +55,11 @@ void pack(const Batch& batch, const TileMining& mining, bool of_anchors, void* s
   launch(pack_kernel<S, Operand>, blocks_for(padded_rows(p.rows.count), 8), 8 * kWarp, 0, stream, p);
 }
 
+template <class T, class Choices>
+void write_extremes(int64_t rows, const Choices& choices, const float* half_norms, const Flags* flags, const Extremes& out, void* stream) {
+  if (rows > 0) launch(extremes_kernel<T, Choices>, blocks_for(rows, 256), 256, 0, stream, rows, choices, half_norms, flags, out);
+}
+
 // Of one launch; CUDA takes fewer than 2^31.
 constexpr int64_t kMostBlocks = int64_t(1) << 30;
 
@@ -80,8 +86,8 @@ void mine_packed(const Batch& batch, const TileMining& mining, void* stream) {
   a.column_tiles = padded_rows(batch.references.count) / kTileRows;
   a.chunks = int(operand_row_bytes(batch.storage, batch.anchors.depth, mining.single_pass) / kChunkBytes);
   a.self_form = batch.self_form;
-  a.positive = mining.positive;
-  a.negative = mining.negative;
+  a.row_keys = mining.anchor_keys;
+  a.column_keys = mining.reference_keys;
   plan_walk(a);
   const auto run_kind = [&](auto deep) {
     constexpr bool kDeep = decltype(deep)::value;
@@ -130,7 +136,7 @@ int64_t operand_row_bytes(Storage storage, int64_t depth, bool single_pass) {
   return blocks_for(depth, elements) * kChunkBytes;
 }
 
-bool can_use_wgmma() { return has_wgmma(); }
+bool can_use_wgmma() { return has_wgmma(mine_wgmma_kernel<Split, false>); }
 
 int centre_slices(int64_t rows) { return int(std::clamp<int64_t>(rows / 256, 1, 64)); }
 
@@ -158,7 +164,7 @@ void sort_by_rank(const int32_t* numbers, int64_t count, int32_t* ranks, int32_t
 }
 
 void pack_tiles(const Batch& batch, const TileMining& mining, void* stream) {
-  if (mining.centre.at) find_centre(batch, mining.centre, stream);
+  if (mining.centre.sums) find_centre(batch, mining.centre, stream);
   with_operand(batch.storage, mining.single_pass, [&](auto s, auto operand) {
     pack<decltype(s), decltype(operand)>(batch, mining, true, stream);
     if (!batch.self_form) pack<decltype(s), decltype(operand)>(batch, mining, false, stream);
@@ -185,9 +191,22 @@ void finish_tiles(const Batch& batch, const TileMining& mining, const Triplets& 
     if constexpr (!std::is_same_v<S, double>) {  // of which there are no tiles
       const int64_t blocks = blocks_for(batch.anchors.count, kChoosingAnchors);
       launch(choose_again_kernel<S>, blocks, kBlockThreads, sizeof(ChoosingShared), stream, batch, mining);
-      finish<S>(batch, TileChoices{mining.positive, mining.negative, mining.anchors.original}, out, options, stream);
+      finish<S>(batch, TileChoices{mining.anchor_keys, mining.anchors.original}, out, options, stream);
     }
   });
+}
+
+void extremes_of_direct(const Batch& batch, const DirectFound& found, const Extremes& out, void* stream) {
+  dispatch(batch.storage, [&](auto s) {
+    using T = Compute<decltype(s)>;
+    write_extremes<T>(batch.anchors.count, DirectChoices<T>{found, batch.anchors.count}, nullptr, batch.flags, out, stream);
+  });
+}
+
+void extremes_of_tiles(const Batch& batch, const TileMining& mining, bool of_references, const Extremes& out, void* stream) {
+  const PackedSet& set = of_references ? mining.references : mining.anchors;
+  const TileChoices choices{of_references ? mining.reference_keys : mining.anchor_keys, set.original};
+  write_extremes<float>(of_references ? batch.references.count : batch.anchors.count, choices, set.half_norm, batch.flags, out, stream);
 }
 
 void triplet_gradient(const LossGradient& g, const LossOptions& options, void* stream) {

@@ -91,12 +91,17 @@ struct PackedSet {
   int32_t *label_id, *original;          // [padded]: equal ids mean equal labels; row before packing
 };
 
+// The best found so far of a set's packed rows, see search_tile.cuh.
+struct Keys {
+  unsigned long long *positive, *negative;  // [padded rows] all zero at the start
+};
+
 struct TileMining {
   bool by_wgmma;  // instead of mma
   bool single_pass;
-  PackedSet anchors, references;          // the same in the self form
-  Centre centre;                          // nowhere for 16-bit storage: its rows stay as they are
-  unsigned long long *positive, *negative;  // [padded anchors] all zero at the start, see search_tile.cuh
+  PackedSet anchors, references;    // the same in the self form
+  Centre centre;                    // nowhere for 16-bit storage: its rows stay as they are; without sums if it is given
+  Keys anchor_keys, reference_keys;  // the same in the self form; none of references that look for nobody themselves
 };
 
 // Whether the current device has wgmma, and this was compiled for it.
@@ -131,6 +136,19 @@ struct LossOptions {
 
 void finish_direct(const Batch& batch, const DirectFound& found, const Triplets& out, const LossOptions& options, void* stream);
 void finish_tiles(const Batch& batch, const TileMining& mining, const Triplets& out, const LossOptions& options, void* stream);
+
+// ---- choices as they were found, with what they are worth ----
+
+// Of one set's rows, in the type of the arithmetic: the largest |a - b|^2 / 2 to a positive and the smallest to a negative, -inf and inf
+// where there is none, and who that is or -1. NaN and -1 if the embeddings are not finite.
+struct Extremes {
+  void* half_squares;  // [2][rows]
+  int32_t* indices;    // [2][rows]
+  float* half_norms;   // [rows] of packed rows: |x|^2 / 2, less the centre; null where nobody asks
+};
+
+void extremes_of_direct(const Batch& batch, const DirectFound& found, const Extremes& out, void* stream);
+void extremes_of_tiles(const Batch& batch, const TileMining& mining, bool of_references, const Extremes& out, void* stream);
 
 // ---- backward ----
 

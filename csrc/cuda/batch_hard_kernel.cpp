@@ -1,13 +1,20 @@
 // Batch-hard triplet loss on CUDA, the torch side: memory and what the launches in batch_hard.cu are to work on.
 #include "../batch_hard.h"
 
-#include <ATen/Functions.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/sort.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdlib>
+#include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "../common/checks.h"
 #include "../common/stage.h"
@@ -26,19 +33,26 @@ constexpr int64_t kFewestDirectRows = 1024;
 enum class Mining { direct, mma, wgmma };
 
 // DEEPSIM_CUDA_MINING=direct, mma or wgmma asks for one of them, to test it or to measure it.
-Mining mining_for(const at::Tensor& anchors, const at::Tensor& references) {
-  if (anchors.scalar_type() == at::kDouble) return Mining::direct;
+std::string wanted_mining() {
   const char* variable = std::getenv("DEEPSIM_CUDA_MINING");
   const std::string wanted = variable ? variable : "";
   TORCH_CHECK_VALUE(wanted.empty() || wanted == "direct" || wanted == "mma" || wanted == "wgmma",
                     "DEEPSIM_CUDA_MINING must be direct, mma or wgmma, got ", wanted);
   TORCH_CHECK_VALUE(wanted != "wgmma" || can_use_wgmma(),
                     "DEEPSIM_CUDA_MINING is wgmma, which needs a GPU of compute capability 9.0 and a build for 9.0a");
+  return wanted;
+}
+
+bool tiles_by_wgmma() { return wanted_mining() != "mma" && can_use_wgmma(); }
+
+Mining mining_for(const at::Tensor& anchors, const at::Tensor& references) {
+  if (anchors.scalar_type() == at::kDouble) return Mining::direct;
+  const std::string wanted = wanted_mining();
   // Few anchors take as long as a tile of them.
   const int64_t rows = std::max(anchors.size(0), kFewestDirectRows);
   const bool small = rows * anchors.size(1) <= kMostDirectDifferences / references.size(0);
   if (wanted == "direct" || (wanted.empty() && small)) return Mining::direct;
-  return wanted == "wgmma" || (wanted.empty() && can_use_wgmma()) ? Mining::wgmma : Mining::mma;
+  return tiles_by_wgmma() ? Mining::wgmma : Mining::mma;
 }
 
 // The numbers in ascending order, and where each of them stood (int64); stable.
@@ -77,33 +91,55 @@ OwnedSet own_set(const at::Tensor& x, const at::Tensor& labels, int64_t row_byte
   return s;
 }
 
-void mine_and_finish_direct(const OwnedBatch& b, const Triplets& out, const LossOptions& options, void* stream) {
-  const int64_t anchors = b.x.size(0), references = b.ref.size(0);
-  const int splits = direct_splits(anchors, references);
+// Searches all differences of a batch and calls finish(what was found) while its memory is there.
+template <class Finish>
+void search_direct(const OwnedBatch& b, const Batch& batch, void* stream, Finish finish) {
+  const int64_t anchors = batch.anchors.count;
+  const int splits = direct_splits(anchors, batch.references.count);
   const at::ScalarType type = compute_type(b.x.scalar_type());
   const at::Tensor values = at::empty({2 * splits * anchors}, b.x.options().dtype(type));
   const at::Tensor indices = at::empty({2 * splits * anchors}, b.x.options().dtype(at::kInt));
   const DirectFound found{splits, values.mutable_data_ptr(), indices.mutable_data_ptr<int32_t>()};
   {
     const Stage stage("tiles");
-    mine_direct(b.view, found, stream);
+    mine_direct(batch, found, stream);
   }
-  const Stage stage("recompute");
-  finish_direct(b.view, found, out, options, stream);
+  finish(found);
 }
 
-void mine_and_finish_tiles(const OwnedBatch& b, bool by_wgmma, const Triplets& out, const LossOptions& options, void* stream) {
-  const bool centred = b.view.storage == Storage::float32;
+void mine_and_finish_direct(const OwnedBatch& b, const Triplets& out, const LossOptions& options, void* stream) {
+  search_direct(b, b.view, stream, [&](const DirectFound& found) {
+    const Stage stage("recompute");
+    finish_direct(b.view, found, out, options, stream);
+  });
+}
+
+// The best of packed rows, and the tensor that they stand in.
+struct OwnedKeys {
+  at::Tensor keys;
+  Keys view;
+
+  explicit OwnedKeys(const at::Tensor& x) : keys(at::zeros({2, padded_rows(x.size(0))}, x.options().dtype(at::kLong))) {
+    view.positive = reinterpret_cast<unsigned long long*>(keys.mutable_data_ptr<int64_t>());
+    view.negative = view.positive + keys.size(1);
+  }
+};
+
+// Searches the tiles of a batch and calls finish(what was found) while its memory is there. `centre`: float [D], or none to find one.
+// With `both_sides` references are searched for as well.
+template <class Finish>
+void search_tiles(const OwnedBatch& b, bool by_wgmma, const OptionalTensor& centre, bool both_sides, void* stream, Finish finish) {
+  const bool centred = b.view.storage == Storage::float32, self_form = b.view.self_form;
   TileMining m = {};
   m.by_wgmma = by_wgmma;
   m.single_pass = tf32_allowed(b.x);
   const int64_t depth = b.x.size(1), row_bytes = operand_row_bytes(b.view.storage, depth, m.single_pass);
   OwnedSet anchors = own_set(b.x, b.labels, row_bytes, stream);
-  OwnedSet references = b.view.self_form ? anchors : own_set(b.ref, b.ref_labels, row_bytes, stream);
+  OwnedSet references = self_form ? anchors : own_set(b.ref, b.ref_labels, row_bytes, stream);
   m.anchors = anchors.view;
   m.references = references.view;
-  OwnedCentre centre;
-  if (centred) m.centre = centre.make(b);
+  OwnedCentre own_centre;
+  if (centred) m.centre = centre ? Centre{0, nullptr, centre->mutable_data_ptr<float>()} : own_centre.make(b);
   {
     const Stage stage("pack");
     pack_tiles(b.view, m, stream);
@@ -112,15 +148,23 @@ void mine_and_finish_tiles(const OwnedBatch& b, bool by_wgmma, const Triplets& o
     set->order.reset();
     set->sorted_labels.reset();
   }
-  const at::Tensor keys = at::zeros({2, padded_rows(b.x.size(0))}, b.x.options().dtype(at::kLong));
-  m.positive = reinterpret_cast<unsigned long long*>(keys.mutable_data_ptr<int64_t>());
-  m.negative = m.positive + keys.size(1);
+  const OwnedKeys keys(b.x);
+  const std::optional<OwnedKeys> reference_keys = both_sides && !self_form ? std::optional(OwnedKeys(b.ref)) : std::nullopt;
+  m.anchor_keys = keys.view;
+  if (self_form) m.reference_keys = keys.view;
+  if (reference_keys) m.reference_keys = reference_keys->view;
   {
     const Stage stage("tiles");
     mine_tiles(b.view, m, stream);
   }
-  const Stage stage("recompute");
-  finish_tiles(b.view, m, out, options, stream);
+  finish(m);
+}
+
+void mine_and_finish_tiles(const OwnedBatch& b, bool by_wgmma, const Triplets& out, const LossOptions& options, void* stream) {
+  search_tiles(b, by_wgmma, std::nullopt, false, stream, [&](const TileMining& mining) {
+    const Stage stage("recompute");
+    finish_tiles(b.view, mining, out, options, stream);
+  });
 }
 
 void mine_and_finish(const OwnedBatch& b, const Triplets& out, const LossOptions& options) {
@@ -161,6 +205,59 @@ MinedLoss batch_hard_triplet_loss(const at::Tensor& embeddings, const at::Tensor
   const MinedTriplets mined(b, options.reduction);
   mine_and_finish(b, mined.view, options);
   return mined.result();
+}
+
+// What the op returns of one side.
+struct SideExtremes {
+  at::Tensor half_squares, indices;
+  Extremes view = {};
+
+  SideExtremes(const at::Tensor& x, int64_t rows)
+      : half_squares(at::empty({2, rows}, x.options().dtype(compute_type(x.scalar_type())))),
+        indices(at::empty({2, rows}, x.options().dtype(at::kInt))) {
+    view.half_squares = half_squares.mutable_data_ptr();
+    view.indices = indices.mutable_data_ptr<int32_t>();
+  }
+};
+
+// Which way is taken depends on the dtype alone, so that a pair is worth the same in every block.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_hard_extremes(
+    const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& ref_embeddings, const OptionalTensor& ref_labels,
+    const at::Tensor& center, std::string_view distance) {
+  constexpr const char* function = "batch_hard_extremes";
+  check_batch(function, embeddings, labels, ref_embeddings, ref_labels);
+  check_center(function, center, embeddings);
+  const Distance d = distance_from(function, distance);
+  const c10::DeviceGuard guard(embeddings.device());
+  void* stream = current_stream(embeddings);
+  const OwnedBatch b = own(embeddings, labels, ref_embeddings, ref_labels, d);
+  SideExtremes anchors(b.x, b.x.size(0)), references(b.x, ref_embeddings ? b.ref.size(0) : 0);
+  const at::Tensor half_norms = at::zeros({b.x.size(0)}, anchors.half_squares.options());  // differences lose no digits
+
+  // The batch as the references see it.
+  Batch swapped = b.view;
+  std::swap(swapped.anchors, swapped.references);
+  std::swap(swapped.labels, swapped.reference_labels);
+  std::swap(swapped.anchor_norm, swapped.reference_norm);
+  const bool empty = b.x.size(0) == 0 || b.ref.size(0) == 0;
+  if (d == Distance::cosine || empty) row_norms(b.view, stream);
+  if (empty || b.view.storage == Storage::float64) {
+    const auto search = [&](const Batch& batch, const SideExtremes& side) {
+      const auto finish = [&](const DirectFound& found) { extremes_of_direct(batch, found, side.view, stream); };
+      empty ? finish({0, nullptr, nullptr}) : search_direct(b, batch, stream, finish);
+    };
+    search(b.view, anchors);
+    if (ref_embeddings) search(swapped, references);
+  } else {
+    // A centre of cosine distance that is zero says that some row of all blocks has no direction.
+    if (d == Distance::cosine) b.flags.select(0, offsetof(Flags, zero_row) / sizeof(int32_t)).bitwise_or_(center.eq(0).all());
+    anchors.view.half_norms = half_norms.mutable_data_ptr<float>();
+    search_tiles(b, tiles_by_wgmma(), center.to(at::kFloat).contiguous(), true, stream, [&](const TileMining& mining) {
+      extremes_of_tiles(b.view, mining, false, anchors.view, stream);
+      if (ref_embeddings) extremes_of_tiles(b.view, mining, true, references.view, stream);
+    });
+  }
+  return {anchors.half_squares, anchors.indices, half_norms, references.half_squares, references.indices};
 }
 
 std::tuple<at::Tensor, at::Tensor> batch_hard_triplet_loss_backward(
@@ -209,6 +306,7 @@ std::tuple<at::Tensor, at::Tensor> batch_hard_triplet_loss_backward(
 
 TORCH_LIBRARY_IMPL(deepsim_ext, DEEPSIM_CUDA_KEY, m) {
   m.impl("batch_hard_mine", batch_hard_mine);
+  m.impl("batch_hard_extremes", batch_hard_extremes);
   m.impl("batch_hard_triplet_loss", batch_hard_triplet_loss);
   m.impl("batch_hard_triplet_loss_backward", batch_hard_triplet_loss_backward);
 }

@@ -37,11 +37,12 @@ __global__ void __launch_bounds__(kBlockThreads, 2) choose_again_kernel(Batch ba
   auto& shared = shared_memory<ChoosingShared>();
   const int warp = int(threadIdx.x) / kWarp;
   const int64_t first = int64_t(blockIdx.x) * kChoosingAnchors;
+  const Keys keys = mining.anchor_keys;
   if (batch.flags->not_finite) return;
   if (lane_index() == 0) {
     const int64_t p = first + warp;
     const bool inside = p < batch.anchors.count;
-    const unsigned long long positive = inside ? mining.positive[p] : 0, negative = inside ? mining.negative[p] : 0;
+    const unsigned long long positive = inside ? keys.positive[p] : 0, negative = inside ? keys.negative[p] : 0;
     const float half_norm = inside ? mining.anchors.half_norm[p] : 0;
     shared.positive_again[warp] = positive != 0 && has_lost_digits(value_of_key(positive), half_norm);
     shared.negative_again[warp] = negative != 0 && has_lost_digits(-value_of_key(negative), half_norm);
@@ -58,14 +59,14 @@ __global__ void __launch_bounds__(kBlockThreads, 2) choose_again_kernel(Batch ba
         const int64_t j = mining.references.original[q];
         if (!(batch.self_form && j == a)) best.improve(distance_of<S>(batch, a, j), int32_t(j));
       }
-      replace_index(mining.positive[p], best, shared);
+      replace_index(keys.positive[p], best, shared);
     }
     if (shared.negative_again[k]) {
       const int64_t a = mining.anchors.original[p];
       Best<double, false> best;
       for (int64_t j = warp; j < batch.references.count; j += kBlockWarps)
         if (batch.labels[a] != batch.reference_labels[j]) best.improve(distance_of<S>(batch, a, j), int32_t(j));
-      replace_index(mining.negative[p], best, shared);
+      replace_index(keys.negative[p], best, shared);
     }
   }
 }

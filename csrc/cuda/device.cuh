@@ -233,13 +233,18 @@ inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("deepsim_ext: CUDA: ") + cudaGetErrorString(error));
 }
 
-// Whether the current device can run kernels that need kHasWgmma, and they were compiled for it.
-inline bool has_wgmma() {
+// Whether the current device runs a kernel that needs kHasWgmma as it was compiled for sm_90a: a driver may be told to compile the PTX
+// for older devices instead (CUDA_FORCE_PTX_JIT).
+template <class... P>
+bool has_wgmma(void (*kernel)(P...)) {
 #ifdef DEEPSIM_SM_90A
   int device = 0, major = 0;
   check(cudaGetDevice(&device));
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  return major == 9;
+  if (major != 9) return false;
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel));
+  return attributes.ptxVersion >= 90;
 #else
   return false;
 #endif

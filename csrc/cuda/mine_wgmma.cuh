@@ -132,7 +132,11 @@ __device__ __forceinline__ void mine_wgmma(const TileArguments& a) {
 
 template <class Operand, bool kDeep>
 __global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce<kDeep>) mine_wgmma_kernel(TileArguments a) {
-  if constexpr (kHasWgmma) mine_wgmma<Operand, kDeep>(a);
+  if constexpr (kHasWgmma) {
+    mine_wgmma<Operand, kDeep>(a);
+  } else {
+    __trap();  // rather than to have found nobody
+  }
 }
 
 }  // namespace deepsim::cuda

@@ -3,8 +3,8 @@
 //
 // With h = |x|^2 / 2 and rows of operand a and b, the value of a pair is e = h_i + h_j - s_i s_j (a b) = |x_i - x_j|^2 / 2, the same
 // bits for (i, j) and (j, i). Rows are sorted by label: a tile either holds no positive at all, and is searched for its smallest
-// values only, or it is mixed. In the self form only tiles on and above the diagonal are computed, each for its rows and its
-// columns.
+// values only, or it is mixed. In the self form only tiles on and above the diagonal are computed. A tile is searched for its rows and,
+// where they have keys, for its columns.
 //
 // The best of an anchor is kept in global memory as one 64-bit key (key.cuh) that atomicMax raises. A tile reads what has been found
 // when it begins. Most tiles hold nothing better, for which a thread compares each of its values with what its row and its column
@@ -20,9 +20,9 @@ constexpr int kTileThreads = 256;
 constexpr int kTileWarps = kTileThreads / kWarp;
 
 // Tensor cores cut sums off instead of rounding them. Where all terms have one sign, a product of rows of kShallow columns is short
-// by up to 5e-6 of itself, which selection to 1e-5 can bear; longer rows of Split operands are `deep`: each chunk is summed for itself
-// and then added to a second set of registers. That leaves room for one block on a multiprocessor. Otherwise there are two, which
-// hide each other's waiting.
+// by up to 8e-6 of itself (5e-6 by wgmma), which selection to 1e-5 can bear; longer rows of Split operands are `deep`: each chunk is
+// summed for itself and then added to a second set of registers. That leaves room for one block on a multiprocessor. Otherwise there are
+// two, which hide each other's waiting.
 constexpr int kShallow = 384;
 template <bool kDeep>
 constexpr int kBlocksAtOnce = kDeep ? 1 : 2;
@@ -45,7 +45,7 @@ struct TileArguments {
   int64_t tiles;            // places of the walk, with those of squares that are no tiles
   int chunks;  // of a row of the operands
   bool self_form;
-  unsigned long long *positive, *negative;
+  Keys row_keys, column_keys;  // the same in the self form
 };
 
 // Tiles are walked in squares, so that the blocks that run together share what is in L2. In the self form those beside the diagonal come
@@ -150,7 +150,8 @@ __device__ __forceinline__ void search(TileDescription& tile, Products& products
     const bool same = tile.label_id[0][r] == tile.label_id[1][c];
     return (same == positive) & !(positive & diagonal & (r == c));
   };
-  unsigned long long* keys = positive ? a.positive : a.negative;
+  unsigned long long* row_keys = positive ? a.row_keys.positive : a.row_keys.negative;
+  unsigned long long* column_keys = positive ? a.column_keys.positive : a.column_keys.negative;
   uint32_t groups = 0;
 #pragma unroll
   for (int down = 0; down < G::kDown; ++down) {
@@ -198,8 +199,8 @@ __device__ __forceinline__ void search(TileDescription& tile, Products& products
       const float2 products_of_row = e / 2 == 0 ? float2{product[0][0], product[0][1]} : float2{product[1][0], product[1][1]};
       const float v = value(known[0][r], known[1][c], e % 2 == 0 ? products_of_row.x : products_of_row.y);
       if (!qualifies(r, c)) continue;
-      if (better(v, found[0][r])) raise(tile, positive, 0, r, v, tile.original[1][c], keys);
-      if (better(v, found[1][c])) raise(tile, positive, 1, c, v, tile.original[0][r], keys);
+      if (better(v, found[0][r])) raise(tile, positive, 0, r, v, tile.original[1][c], row_keys);
+      if (better(v, found[1][c])) raise(tile, positive, 1, c, v, tile.original[0][r], column_keys);
     }
   }
 }
@@ -211,11 +212,12 @@ __device__ __forceinline__ void load_description(TileDescription& out, const Til
   const PackedSet& set = side == 0 ? a.rows : a.columns;
   const int64_t first = (side == 0 ? tile.row : tile.column) * kTileRows, position = first + r;
   float farthest = -largest_float(), nearest = largest_float();
-  if (side == 0 || a.self_form) {
-    const unsigned long long positive = ptx::load_relaxed(a.positive + position), negative = ptx::load_relaxed(a.negative + position);
+  const Keys& keys = side == 0 ? a.row_keys : a.column_keys;
+  if (keys.positive) {
+    const unsigned long long positive = ptx::load_relaxed(keys.positive + position), negative = ptx::load_relaxed(keys.negative + position);
     if (positive != 0) farthest = value_of_key(positive);
     if (negative != 0) nearest = -value_of_key(negative);
-  } else {  // columns that are not anchors look for nobody: no value compares with these
+  } else {  // who looks for nobody: no value compares with these
     farthest = nearest = not_a_number<float>();
   }
   if (r == 0) out.first[side] = first;

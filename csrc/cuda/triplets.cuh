@@ -23,28 +23,34 @@ struct DirectChoices {
   int64_t anchors;
 
   __device__ __forceinline__ int64_t anchor(int64_t p) const { return p; }
-  __device__ __forceinline__ int32_t positive(int64_t p) const { return best<true>(p, 0); }
-  __device__ __forceinline__ int32_t negative(int64_t p) const { return best<false>(p, found.splits); }
+  __device__ __forceinline__ int32_t positive(int64_t p) const { return best<true>(p, 0).index; }
+  __device__ __forceinline__ int32_t negative(int64_t p) const { return best<false>(p, found.splits).index; }
+  // |a - b|^2 / 2
+  __device__ __forceinline__ T farthest(int64_t p) const { return best<true>(p, 0).value / 2; }
+  __device__ __forceinline__ T nearest(int64_t p) const { return best<false>(p, found.splits).value / 2; }
 
  private:
   template <bool kLargest>
-  __device__ __forceinline__ int32_t best(int64_t p, int first) const {
+  __device__ __forceinline__ Best<T, kLargest> best(int64_t p, int first) const {
     Best<T, kLargest> best;
     for (int s = first; s < first + found.splits; ++s) {
       best.improve(static_cast<const T*>(found.values)[s * anchors + p], found.indices[s * anchors + p]);
     }
-    return best.index;
+    return best;
   }
 };
 
 // By packed position, as keys.
 struct TileChoices {
-  const unsigned long long *positives, *negatives;
+  Keys keys;
   const int32_t* original;
 
   __device__ __forceinline__ int64_t anchor(int64_t p) const { return original[p]; }
-  __device__ __forceinline__ int32_t positive(int64_t p) const { return index_of_key(positives[p]); }
-  __device__ __forceinline__ int32_t negative(int64_t p) const { return index_of_key(negatives[p]); }
+  __device__ __forceinline__ int32_t positive(int64_t p) const { return index_of_key(keys.positive[p]); }
+  __device__ __forceinline__ int32_t negative(int64_t p) const { return index_of_key(keys.negative[p]); }
+  // |a - b|^2 / 2
+  __device__ __forceinline__ float farthest(int64_t p) const { return value_of_key(keys.positive[p]); }
+  __device__ __forceinline__ float nearest(int64_t p) const { return -value_of_key(keys.negative[p]); }
 };
 
 // ---- loss ----

@@ -63,8 +63,8 @@ void check_batch_hard(const std::string& name, int64_t n, int64_t m, int64_t dep
     if (batch.storage == Storage::float32) {
       mining.centre = {slices, sums, centre};
     }
-    mining.positive = keys;
-    mining.negative = &keys[0] + padded_rows(n);
+    mining.anchor_keys = {keys, &keys[0] + padded_rows(n)};
+    if (self_form) mining.reference_keys = mining.anchor_keys;
     pack_tiles(batch, mining, nullptr);
     mine_tiles(batch, mining, nullptr);
     finish_tiles(batch, mining, out, options, nullptr);
@@ -152,6 +152,77 @@ void check_batch_hard(const std::string& name, int64_t n, int64_t m, int64_t dep
   if (!self_form) compare_gradients(grad_references, exact_references, 5e-3, name + ": gradient of references");
 }
 
+// Of the rows of both sides the farthest positive and the nearest negative: by tiles that are given a centre, of anchors by differences.
+template <class S>
+void check_extremes(const std::string& name, int64_t n, int64_t m, int64_t depth, int classes, Mining how, std::mt19937& random) {
+  using T = Compute<S>;
+  if (!wanted(name)) return;
+  const bool self_form = m == 0;
+  Points<S> anchors(n, depth, classes, 0.5, random), others(m, depth, classes, 0.5, random);
+  Points<S>& references = self_form ? anchors : others;
+  Buffer<Flags> flags(1, 0);
+  const Batch batch = batch_of(anchors, references, self_form, Distance::euclidean, flags);
+  const auto compare = [&](Points<S>& rows, Points<S>& columns, Buffer<T>& values, Buffer<int32_t>& indices, const std::string& what) {
+    for (int64_t a = 0; a < rows.count; ++a) {
+      for (const bool same : {true, false}) {
+        const auto candidate = [&](int64_t j) { return (rows.labels[a] == columns.labels[j]) == same && !(self_form && j == a); };
+        const double none = same ? -std::numeric_limits<double>::infinity() : std::numeric_limits<double>::infinity();
+        double best = none;
+        for (int64_t j = 0; j < columns.count; ++j) {
+          if (!candidate(j)) continue;
+          const double half_square = rows.square(a, columns, j) / 2;
+          best = same ? std::max(best, half_square) : std::min(best, half_square);
+        }
+        const int64_t at = (same ? 0 : rows.count) + a, j = indices[at];
+        const double value = double(values[at]);
+        const auto near = [&](double v) { return std::fabs(v - best) < 1e-5 * double(depth); };
+        const bool found = j >= 0 && j < columns.count && candidate(j) && near(rows.square(a, columns, j) / 2) && near(value);
+        expect(best == none ? j == -1 && value == none : found,
+               name + what + (same ? ": positive of " : ": negative of ") + std::to_string(a));
+      }
+    }
+  };
+
+  Buffer<T> values(2 * n), reference_values(2 * m);
+  Buffer<int32_t> indices(2 * n), reference_indices(2 * m);
+  if (how == Mining::direct) {
+    const int splits = direct_splits(n, references.count);
+    Buffer<T> found_values(2 * splits * n);
+    Buffer<int32_t> found_indices(2 * splits * n);
+    const DirectFound found{splits, found_values, found_indices};
+    mine_direct(batch, found, nullptr);
+    extremes_of_direct(batch, found, {values, indices, nullptr}, nullptr);
+    synchronize();
+    return compare(anchors, references, values, indices, "");
+  }
+
+  const int64_t row_bytes = operand_row_bytes(batch.storage, depth, false);
+  Sorted sorted(anchors, row_bytes), ref_sorted(references, row_bytes);
+  const bool centred = batch.storage == Storage::float32;
+  Buffer<float> centre(depth), half_norms(n);
+  for (int64_t k = 0; k < depth; ++k) centre[k] = 0.25f;
+  Buffer<unsigned long long> keys(2 * padded_rows(n), 0), reference_keys(2 * padded_rows(m), 0);
+  TileMining mining = {};
+  mining.by_wgmma = how == Mining::wgmma;
+  mining.anchors = sorted.view();
+  mining.references = self_form ? sorted.view() : ref_sorted.view();
+  if (centred) mining.centre = {0, nullptr, centre};
+  mining.anchor_keys = {keys, &keys[0] + padded_rows(n)};
+  mining.reference_keys = self_form ? mining.anchor_keys : Keys{reference_keys, &reference_keys[0] + padded_rows(m)};
+  pack_tiles(batch, mining, nullptr);
+  mine_tiles(batch, mining, nullptr);
+  extremes_of_tiles(batch, mining, false, {values, indices, half_norms}, nullptr);
+  if (!self_form) extremes_of_tiles(batch, mining, true, {reference_values, reference_indices, nullptr}, nullptr);
+  synchronize();
+  compare(anchors, references, values, indices, "");
+  if (!self_form) compare(references, anchors, reference_values, reference_indices, ", seen from the references");
+  for (int64_t a = 0; a < n; ++a) {
+    double half_norm = 0;
+    for (int64_t k = 0; k < depth; ++k) half_norm += std::pow(anchors.exact[a * depth + k] - (centred ? 0.25 : 0), 2) / 2;
+    expect(std::fabs(double(half_norms[a]) - half_norm) < 1e-5 * double(depth), name + ": half norm of " + std::to_string(a));
+  }
+}
+
 // Every tile is visited once; of the self form those on and above the diagonal.
 void check_walk() {
   if (!wanted("walk")) return;
@@ -198,6 +269,7 @@ template <class S>
 void check_storage(const std::string& type, std::mt19937& random) {
   check_batch_hard<S>(type + " direct", 70, 0, 19, 9, Mining::direct, random);
   check_batch_hard<S>(type + " direct, references", 5, 130, 19, 3, Mining::direct, random);
+  check_extremes<S>(type + " direct, extremes", 70, 90, 19, 40, Mining::direct, random);
   if constexpr (!std::is_same_v<S, double>) {
     for (const Mining how : {Mining::mma, Mining::wgmma}) {
       if (how == Mining::wgmma && !can_use_wgmma()) continue;
@@ -206,6 +278,8 @@ void check_storage(const std::string& type, std::mt19937& random) {
       check_batch_hard<S>(tiles + ", two heaps", 140, 0, 20, 40, how, random, 1e3);
       check_batch_hard<S>(tiles + ", one label", 130, 0, 70, 1, how, random);
       check_batch_hard<S>(tiles + ", references", 40, 270, 390, 12, how, random);
+      check_extremes<S>(tiles + ", extremes", 150, 0, 40, 60, how, random);
+      check_extremes<S>(tiles + ", extremes of both sides", 140, 270, 70, 90, how, random);
     }
   }
 }

@@ -427,7 +427,7 @@ int main() {
     check_mirror(random);
     check_load_relaxed();
     check_load_relaxed_shared();
-    if (has_wgmma()) {
+    if (has_wgmma(wgmma_kernel<Half, false>)) {
       check_bulk_copy(random);
       check_wgmma<Half>("float16", random);
       check_wgmma<BFloat16>("bfloat16", random);

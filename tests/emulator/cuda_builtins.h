@@ -1,6 +1,8 @@
 // The part of the CUDA language and runtime that the kernels use, on top of the emulator.
 #pragma once
 
+#include <cstdlib>
+
 #include "halves.h"
 
 #define threadIdx (::emulator::thread_index())
@@ -57,6 +59,7 @@ inline unsigned ballot(int line, unsigned mask, bool predicate) {
 }  // namespace emulator
 
 inline unsigned __float_as_uint(float f) { return halves::bits_of(f); }
+inline void __trap() { std::abort(); }
 inline float __uint_as_float(unsigned u) { return halves::float_of(u); }
 inline long long __double_as_longlong(double d) { return (long long)halves::bits_of(d); }
 inline int __ffs(unsigned v) { return __builtin_ffs(int(v)); }

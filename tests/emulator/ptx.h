@@ -23,7 +23,10 @@ inline void narrow(float v, Half& out) { out.bits = halves::to_float16(v); }
 inline double rounded_product(double a, double b) { return a * b; }
 
 constexpr bool kHasWgmma = true;
-inline bool has_wgmma() { return true; }
+template <class... P>
+bool has_wgmma(void (*)(P...)) {
+  return true;
+}
 inline int multiprocessors() { return 1; }
 
 namespace ptx {
