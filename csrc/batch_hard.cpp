@@ -88,8 +88,9 @@ TORCH_LIBRARY_FRAGMENT(deepsim_ext, m) {
       " -> (Tensor positives, Tensor negatives)");
   // Of every row, and of every row of a reference set among the embeddings: the largest |a - b|^2 / 2 to a positive and the smallest to
   // a negative, [2, N] as tiles of distances between rows less `center` have them (cosine distance: 1 - cos), and the rows they are
-  // to, int32. Where there is none -inf (inf) and -1; with a NaN or inf in the embeddings NaN and -1. And half the squared norms of
-  // rows less `center`, which tell what digits are lost (common/choose_again.h).
+  // to, int32. Where there is none -inf (inf) and -1; with a NaN or inf in the embeddings NaN and -1. And half the squared norms
+  // that tiles subtract from, which tell what digits are lost (common/choose_again.h): of rows less `center`, on CUDA of 16-bit rows as
+  // they are; 0 where distances are sums of differences.
   m.def(
       "batch_hard_extremes(Tensor embeddings, Tensor labels, Tensor? ref_embeddings, Tensor? ref_labels, Tensor center, str distance)"
       " -> (Tensor half_squares, Tensor indices, Tensor half_norms, Tensor ref_half_squares, Tensor ref_indices)");

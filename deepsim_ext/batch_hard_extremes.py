@@ -15,7 +15,9 @@ class Extremes(NamedTuple):
 
     half_squares: Tensor  # [2, N]: the largest |a - b|^2 / 2 to a positive, the smallest to a negative
     indices: Tensor  # int32 [2, N]: to whom, the lowest of equals
-    half_norms: Tensor  # [N]: |a - center|^2 / 2, of which differences may have lost digits
+    # [N]: |a - center|^2 / 2, of which half squares may have lost digits; on CUDA |a|^2 / 2 of 16-bit rows,
+    # which are not shifted, and 0 of float64, where distances are sums of differences.
+    half_norms: Tensor
     ref_half_squares: Tensor  # [2, M], for every row of the reference set, as above
     ref_indices: Tensor  # int32 [2, M]
 
@@ -37,8 +39,8 @@ def batch_hard_extremes(
         embeddings, labels: [N, D] and int64 [N].
         ref_embeddings, ref_labels: [M, D] in the dtype of `embeddings` and int64 [M]. None: the other rows of
             the batch; there are no results for a reference set then.
-        center: float64 [D] near the rows, or for cosine distance near their directions: tiles subtract it
-            from both.
+        center: float64 [D] near the rows, or for cosine distance near their directions (0 if any row of any
+            block has none): tiles subtract it from both.
         distance: "euclidean", "sqeuclidean", or "cosine", of which half squares are 1 - cos.
 
     Raises:

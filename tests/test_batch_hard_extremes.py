@@ -93,6 +93,29 @@ def test_the_lowest_index_of_equals(self_form):
             assert torch.equal(indices.long(), torch.where(expected.isinf(), -1, first))
 
 
+@by_dtype
+@by_distance
+@pytest.mark.parametrize("depth", [20, 400])
+def test_a_pair_is_worth_the_same_in_every_block(depth, distance, dtype):
+    """To the bit, whichever of the two is an anchor: so ranks choose what one process chooses."""
+    g = torch.Generator().manual_seed(6)
+    x, labels = torch.randn(210, depth, generator=g).to(dtype), torch.randint(30, (210,), generator=g)
+    center = torch.randn(depth, generator=g).double() / 10
+    whole = batch_hard_extremes(x, labels, center=center, distance=distance)
+    first, second = slice(0, 80), slice(80, 210)
+    alone = batch_hard_extremes(x[first], labels[first], center=center, distance=distance)
+    pair = x[first], labels[first], x[second], labels[second]
+    met = batch_hard_extremes(*pair, center=center, distance=distance)
+    turned = batch_hard_extremes(*pair[2:], *pair[:2], center=center, distance=distance)
+    assert torch.equal(met.half_squares, turned.ref_half_squares)
+    assert torch.equal(met.ref_half_squares, turned.half_squares)
+    assert torch.equal(met.indices, turned.ref_indices) and torch.equal(met.ref_indices, turned.indices)
+    assert torch.equal(alone.half_norms, whole.half_norms[first])
+    positives, negatives = torch.stack([alone.half_squares, met.half_squares], dim=1)
+    best = torch.stack([positives.amax(dim=0), negatives.amin(dim=0)])
+    assert torch.equal(best, whole.half_squares[:, first])
+
+
 def test_plain_torch_a_few_rows_at_a_time(monkeypatch):
     g = torch.Generator().manual_seed(5)
     x, ref = (torch.randint(-1, 2, (n, 3), generator=g).float() for n in (60, 70))

@@ -288,6 +288,18 @@ def test_distributed_loss_over_nccl(nccl, monkeypatch, exchanging, mode, with_me
             torch.testing.assert_close(grad, exact, rtol=1e-4, atol=1e-6)
 
 
+def test_copies_over_nccl(nccl, monkeypatch):
+    """Tiles have no digit of their distances: anchors choose again."""
+    as_if_several(monkeypatch, nccl)
+    x, labels = batch(100, 32)
+    x.data[50:] = x.data[:50]
+    plain, distributed = nn.BatchHardTripletLoss(), DistributedLoss(nn.BatchHardTripletLoss(), mode="ring")
+    expected, got = plain(x, labels), distributed(x, labels)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+    (grad,), (exact,) = torch.autograd.grad(got, x), torch.autograd.grad(expected, x)
+    torch.testing.assert_close(grad, exact, rtol=1e-4, atol=1e-6)
+
+
 def test_search_over_nccl(nccl, monkeypatch):
     as_if_several(monkeypatch, nccl)
     x, labels = batch(500, 32)

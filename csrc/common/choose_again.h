@@ -7,7 +7,7 @@ namespace deepsim {
 
 // Tiles subtract |a|^2 and |b|^2 from twice ab. Where what is left of the chosen pair, half_square = |a - b|^2 / 2, is less than 1/512 of
 // the anchor's half_norm = |a|^2 / 2, too many digits are lost to rely on the choice. Other choices are right to 2^-14 of their own
-// squared distance in float32 on the CPU. Tensor cores cut sums off: |a - b|^2 of rows as near as that is then up to 6e-3 too large, but by
+// squared distance in float32 on the CPU. Tensor cores cut sums off: |a - b|^2 of rows as near as that is then up to 8e-3 too large, but by
 // nearly as much for all of them, and choices are right to 5e-4.
 template <class T>
 DEEPSIM_HOST_DEVICE bool has_lost_digits(T half_square, T half_norm) {

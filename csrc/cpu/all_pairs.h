@@ -8,6 +8,7 @@
 
 #include <vector>
 
+#include "../common/stage.h"
 #include "../common/triplet_loss.h"
 #include "packed_pairs.h"
 #include "positive_lists.h"

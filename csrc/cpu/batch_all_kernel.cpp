@@ -2,6 +2,7 @@
 // active with, pull the rows accordingly.
 #include <torch/library.h>
 
+#include <cmath>
 #include <tuple>
 
 #include "../batch_hard.h"

@@ -10,6 +10,7 @@
 #include <limits>
 #include <mutex>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../batch_hard.h"

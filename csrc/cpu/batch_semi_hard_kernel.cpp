@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "../batch_hard.h"
+#include "../common/stage.h"
 #include "../common/sum_reduction.h"
 #include "../common/triplet_loss.h"
 #include "all_pairs.h"

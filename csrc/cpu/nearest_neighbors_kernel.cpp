@@ -10,7 +10,9 @@
 #include <mutex>
 #include <numeric>
 #include <tuple>
+#include <utility>
 
+#include "../common/stage.h"
 #include "../nearest_neighbors.h"
 #include "all_pairs.h"
 #include "capability.h"

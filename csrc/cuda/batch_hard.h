@@ -144,7 +144,7 @@ void finish_tiles(const Batch& batch, const TileMining& mining, const Triplets& 
 struct Extremes {
   void* half_squares;  // [2][rows]
   int32_t* indices;    // [2][rows]
-  float* half_norms;   // [rows] of packed rows: |x|^2 / 2, less the centre; null where nobody asks
+  float* half_norms;   // [rows] |x|^2 / 2 of rows as they are packed; null where nobody asks
 };
 
 void extremes_of_direct(const Batch& batch, const DirectFound& found, const Extremes& out, void* stream);

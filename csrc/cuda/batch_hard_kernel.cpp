@@ -220,7 +220,8 @@ struct SideExtremes {
   }
 };
 
-// Which way is taken depends on the dtype alone, so that a pair is worth the same in every block.
+// Which way is taken does not depend on the block, so that a pair is worth the same in all: by tiles, but for float64, which has none,
+// and where DEEPSIM_CUDA_MINING=direct.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_hard_extremes(
     const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& ref_embeddings, const OptionalTensor& ref_labels,
     const at::Tensor& center, std::string_view distance) {
@@ -232,7 +233,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_har
   void* stream = current_stream(embeddings);
   const OwnedBatch b = own(embeddings, labels, ref_embeddings, ref_labels, d);
   SideExtremes anchors(b.x, b.x.size(0)), references(b.x, ref_embeddings ? b.ref.size(0) : 0);
-  const at::Tensor half_norms = at::zeros({b.x.size(0)}, anchors.half_squares.options());  // differences lose no digits
+  // Of rows as tiles have them: 16-bit ones are not moved to the centre. 0 where nothing is subtracted from them.
+  const at::Tensor half_norms = at::zeros({b.x.size(0)}, anchors.half_squares.options());
 
   // The batch as the references see it.
   Batch swapped = b.view;
@@ -241,7 +243,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_har
   std::swap(swapped.anchor_norm, swapped.reference_norm);
   const bool empty = b.x.size(0) == 0 || b.ref.size(0) == 0;
   if (d == Distance::cosine || empty) row_norms(b.view, stream);
-  if (empty || b.view.storage == Storage::float64) {
+  if (empty || b.view.storage == Storage::float64 || wanted_mining() == "direct") {
     const auto search = [&](const Batch& batch, const SideExtremes& side) {
       const auto finish = [&](const DirectFound& found) { extremes_of_direct(batch, found, side.view, stream); };
       empty ? finish({0, nullptr, nullptr}) : search_direct(b, batch, stream, finish);

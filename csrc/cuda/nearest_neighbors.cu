@@ -160,7 +160,7 @@ __device__ __forceinline__ float measured_distance(const Pairs& pairs, int64_t a
 // Up to what approximate |a - b|^2 / 2 a row may be as near as one that has `h`.
 //
 // With |a|^2 / 2 = p of centred rows and |b|^2 / 2 = q, product and differences are within e (p + q) of each other. Tensor cores cut off
-// at most 2^-23 of the sum of |a_i b_i| <= p + q for each of the 144 terms at most that they add up before a sum is rounded (four products
+// at most 2^-23 of the sum of |a_i b_i| <= p + q for each of the 120 terms at most that they add up before a sum is rounded (four products
 // and a sum at a time); the split leaves out 2^-21, centring 2^-22. Sums of 32 elements are then added up, and so are a lane's squares of
 // differences, one of every 32: three times depth / 32 roundings at most, as |a - b|^2 / 2 <= 2 (p + q). And since |b| <= |a| + |a - b|,
 // q <= 2 p + 2 |a - b|^2 / 2. Below 2^-100 digits may be missing altogether.

@@ -128,8 +128,8 @@ __global__ void __launch_bounds__(kWarp * 8, 4) pack_kernel(PackArguments p) {
   if (zero_row || (p.norms && !p.centre)) half_norm = 0.5f;  // a zero row is at 1/2 + 1/2 - 0 from everyone
   if (p.norms && !p.centre) scale = norm == 0 ? 0.0f : float(1 / (norm * double(factor)));
   if (filling) half_norm = infinity<float>();
-  // Also where a float could not hold the distance of two such rows. (Cosine: the norms have told.)
-  if (!filling && !p.norms && !(square / 2 < 3.402823466e38 / 8)) atomicOr(&p.flags->not_finite, 1);
+  // Also where a float could not hold the distance of two such rows. (Of cosine in 16 bits the norms have told.)
+  if (!filling && !(p.norms && !p.centre) && !(square / 2 < 3.402823466e38 / 8)) atomicOr(&p.flags->not_finite, 1);
   p.out.half_norm[position] = half_norm;
   p.out.scale[position] = scale;
   p.out.label_id[position] = int32_t(id);

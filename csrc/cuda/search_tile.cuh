@@ -130,7 +130,7 @@ struct Groups {
   static_assert(kCount <= 32, "a bit for each");
 };
 
-// Looks for the largest values (of positives) or smallest among the pairs that qualify, along the rows and, in the self form, along the
+// Looks for the largest values (of positives) or smallest among the pairs that qualify, along the rows and, where they have keys, along the
 // columns: first for the groups in which there is anything better than what was found before, then for what that is. The second part
 // is not done on the way, as its code would stand there for every group, and the few instructions of the first would be far apart.
 template <bool kMixed, class Products>

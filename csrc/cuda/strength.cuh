@@ -20,8 +20,8 @@ __device__ __forceinline__ T half_square_of_distance(Distance distance, T d) {
 }
 
 // Whether rows with these |.|^2 / 2 are so close to each other that a product would lose too much of their difference: four bits and
-// more. Tensor cores cut sums off, which leaves up to 4e-7 of a product of rows that are near each other missing; 16 times as much of their
-// squared distance is below 1e-5. Closer ones are measured, and pulled, difference by difference.
+// more. Tensor cores cut sums off, which leaves up to 4e-7 of a product of rows that are near each other missing: 1.3e-5 of the squared
+// distance of those that are not called close. Closer ones are measured, and pulled, difference by difference.
 __device__ __forceinline__ bool is_close(float half_square, float half_norm, float other_half_norm) {
   return !(half_square > fmaxf(half_norm, other_half_norm) / 16);
 }

@@ -1,7 +1,7 @@
 """What tiles shift all rows by: the same for every rank, so that a pair has the same distance on any of them.
 
-The mean of all rows, rounded as the ops do for a batch of their own (csrc/cpu/packed_pairs.h), so that tiles
-choose the same pairs for any number of ranks.
+The mean of all rows, rounded as the ops do for a batch of their own (csrc/cpu/packed_pairs.cpp), so that
+tiles choose the same pairs for any number of ranks.
 """
 
 from __future__ import annotations

@@ -145,6 +145,6 @@ class DistributedLoss(nn.Module):
 
 
 def is_gathered(mode: str, x: Tensor, batches: Batches) -> bool:
-    """Whether the rows of all ranks go to every rank. What a ring needs has no kernels for CUDA yet."""
+    """Whether all rows go to every rank: CUDA has no kernels for most of what a ring needs."""
     few = batches.offsets[-1] <= MOST_GATHERED_ROWS
     return (few or x.device.type != "cpu") if mode == "auto" else mode == "gather"
