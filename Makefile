@@ -34,13 +34,14 @@ EMULATED_GRAM := $(EMULATED_GRAM) and not (mean and l1) and not (sum and l2)
 EMULATED_PAIRS := (values and (all-mean_nonzero or window-mean or semi_hard-soft or contrastive-mean_nonzero) and (cosine-float64 or cosine-float32 or -euclidean-float16))
 EMULATED_PAIRS := $(EMULATED_PAIRS) or (long_rows and sqeuclidean) or whole_numbers or duplicates or cancels or margins or (nan_or_inf and bfloat16 and nan)
 EMULATED_STRATEGIES := (brute_force or values) and (cosine-float64 or cosine-float32) or minus_one and euclidean
+EMULATED_NEIGHBORS := not opcheck and not (sqeuclidean and not float32)
 test-emulated: $(VENV)/built
 	$(PYTEST) --emulated tests/test_batch_hard.py tests/test_batch_hard_extremes.py -k "$(EMULATED)"
 	DEEPSIM_CUDA_MINING=mma $(PYTEST) --emulated tests/test_batch_hard.py tests/test_batch_hard_extremes.py \
 		-k "selection or ties or euclidean-float32 or equals"
 	DEEPSIM_CUDA_MINING=wgmma $(PYTEST) --emulated tests/test_batch_hard.py -k "not gradcheck"
 	$(PYTEST) --emulated tests/test_gram.py tests/test_style.py -k "$(EMULATED_GRAM)"
-	$(PYTEST) --emulated tests/test_nearest_neighbors.py -k "not opcheck"
+	$(PYTEST) --emulated tests/test_nearest_neighbors.py -k "$(EMULATED_NEIGHBORS)"
 	$(PYTEST) --emulated tests/test_all_pairs.py -k "$(EMULATED_PAIRS)"
 	$(PYTEST) --emulated tests/test_mining_strategies.py -k "$(EMULATED_STRATEGIES)"
 
