@@ -52,32 +52,56 @@ def ranks(count: int) -> Stage:
     return Stage("sort", plain=4 * count * count, launches=3)
 
 
-def batch_hard(n: int, d: int, split: bool, itemsize: int, way: str) -> list[Stage]:
-    """Forward and backward of the self form by tiles."""
-    row = math.ceil(d / (32 if split else 64)) * 128
-    rows_down = math.ceil(n / TILE)
-    tiles = rows_down * (rows_down + 1) / 2
+def sort_labels(n: int) -> Stage:
+    return ranks(n) if n <= MOST_RANKED else Stage("sort", memory=8 * 16 * n, launches=20)
+
+
+def packed_row(d: int, split: bool) -> int:
+    """Bytes of a row of an operand."""
+    return math.ceil(d / (32 if split else 64)) * 128
+
+
+def search(tiles: float, d: int, split: bool, way: str) -> Stage:
+    """So many tiles of products and what is looked for in them."""
+    row = packed_row(d, split)
     blocks_at_once = MULTIPROCESSORS * (1 if split and d > SHALLOW else 2)
     waves = math.ceil(tiles / blocks_at_once)
     full = waves * blocks_at_once  # the last wave takes as long as the others
     flops = 2 * TILE * TILE * row / 2 * (2 if split else 1)
+    return Stage(
+        f"tiles: {tiles:.0f} in {waves} waves",
+        memory=tiles * TILE * row * 2 / SQUARE,
+        l2=full * TILE * row * 2,
+        tensor=full * flops / HALF_FLOPS[way],
+        plain=full * TILE * TILE * REDUCE_INSTRUCTIONS,
+    )
+
+
+def batch_hard(n: int, d: int, split: bool, itemsize: int, way: str) -> list[Stage]:
+    """Forward and backward of the self form by tiles."""
+    rows_down = math.ceil(n / TILE)
     x = n * d * itemsize
     centre = [Stage("centre", memory=x, launches=2)] if itemsize == 4 else []
     return [
-        ranks(n) if n <= MOST_RANKED else Stage("sort", memory=8 * 16 * n, launches=20),
+        sort_labels(n),
         *centre,
-        Stage("pack", memory=x + n * row),
-        Stage(
-            f"tiles: {tiles:.0f} in {waves} waves",
-            memory=tiles * TILE * row * 2 / SQUARE,
-            l2=full * TILE * row * 2,
-            tensor=full * flops / HALF_FLOPS[way],
-            plain=full * TILE * TILE * REDUCE_INSTRUCTIONS,
-        ),
+        Stage("pack", memory=x + n * packed_row(d, split)),
+        search(rows_down * (rows_down + 1) / 2, d, split, way),
         Stage("choose again: whether anybody has to", memory=40 * n),
         Stage("distances and loss", memory=3 * x),
         ranks(2 * n) if 2 * n <= MOST_RANKED else Stage("sort choices", memory=4 * 24 * n, launches=12),
         Stage("gradient", memory=6 * x, launches=3),
+    ]
+
+
+def extremes(n: int, d: int, split: bool, itemsize: int, way: str) -> list[Stage]:
+    """The search of a block of n rows of one process and n of another, for both."""
+    return [
+        sort_labels(n),
+        sort_labels(n),
+        Stage("pack", memory=2 * n * (d * itemsize + packed_row(d, split)), launches=2),
+        search(math.ceil(n / TILE) ** 2, d, split, way),
+        Stage("write", memory=2 * n * (16 + 20), launches=2),
     ]
 
 
@@ -172,7 +196,8 @@ def style(side: int, itemsize: int) -> list[Stage]:
 def main() -> int:
     lines = ["# Expected on an H200", "", __doc__.split("\n\n", 1)[1].strip(), ""]
     lines += [
-        "Microseconds of forward + backward (neighbors: of the search), and the stages that make them up.",
+        "Microseconds of forward + backward (of the search for neighbors and for two processes' rows), and the",
+        "stages that make them up.",
         "",
     ]
     lines += ["| case | total | stages |", "| --- | ---: | --- |"]
@@ -182,6 +207,11 @@ def main() -> int:
         for name, split, itemsize in (("float32", True, 4), ("tf32", False, 4), ("bfloat16", False, 2))
         for n in (4096, 16384, 65536)
         for d in (128, 512)
+    ]
+    cases += [
+        (f"batch-hard of two processes' {n} rows D=128 {name}", extremes(n, 128, split, itemsize, "wgmma"))
+        for name, split, itemsize in (("float32", True, 4), ("bfloat16", False, 2))
+        for n in (4096, 16384)
     ]
     cases += [(f"batch-all N={n} D={d}", all_pairs(n, d)) for n in (1024, 4096, 16384) for d in (128, 512)]
     cases += [(f"neighbors N={n} D={d}", neighbors(n, d)) for n in (4096, 16384, 65536) for d in (128, 512)]
