@@ -196,8 +196,8 @@ def style(side: int, itemsize: int) -> list[Stage]:
 def main() -> int:
     lines = ["# Expected on an H200", "", __doc__.split("\n\n", 1)[1].strip(), ""]
     lines += [
-        "Microseconds of forward + backward (of the search for neighbors and for two processes' rows), and the",
-        "stages that make them up.",
+        "Microseconds of forward + backward (of the search for neighbors and for two processes' rows), and",
+        "the stages that make them up.",
         "",
     ]
     lines += ["| case | total | stages |", "| --- | ---: | --- |"]
