@@ -99,8 +99,8 @@ struct Keys {
 struct TileMining {
   bool by_wgmma;  // instead of mma
   bool single_pass;
-  PackedSet anchors, references;    // the same in the self form
-  Centre centre;                    // nowhere for 16-bit storage: its rows stay as they are; without sums if it is given
+  PackedSet anchors, references;     // the same in the self form
+  Centre centre;                     // nowhere for 16-bit storage: its rows stay as they are; without sums if it is given
   Keys anchor_keys, reference_keys;  // the same in the self form; none of references that look for nobody themselves
 };
 

@@ -117,8 +117,9 @@ void mine_and_finish_direct(const OwnedBatch& b, const Triplets& out, const Loss
 // The best of packed rows, and the tensor that they stand in.
 struct OwnedKeys {
   at::Tensor keys;
-  Keys view;
+  Keys view = {};
 
+  OwnedKeys() = default;
   explicit OwnedKeys(const at::Tensor& x) : keys(at::zeros({2, padded_rows(x.size(0))}, x.options().dtype(at::kLong))) {
     view.positive = reinterpret_cast<unsigned long long*>(keys.mutable_data_ptr<int64_t>());
     view.negative = view.positive + keys.size(1);
@@ -148,11 +149,9 @@ void search_tiles(const OwnedBatch& b, bool by_wgmma, const OptionalTensor& cent
     set->order.reset();
     set->sorted_labels.reset();
   }
-  const OwnedKeys keys(b.x);
-  const std::optional<OwnedKeys> reference_keys = both_sides && !self_form ? std::optional(OwnedKeys(b.ref)) : std::nullopt;
-  m.anchor_keys = keys.view;
-  if (self_form) m.reference_keys = keys.view;
-  if (reference_keys) m.reference_keys = reference_keys->view;
+  const OwnedKeys anchor_keys(b.x), reference_keys = self_form ? anchor_keys : both_sides ? OwnedKeys(b.ref) : OwnedKeys();
+  m.anchor_keys = anchor_keys.view;
+  m.reference_keys = reference_keys.view;
   {
     const Stage stage("tiles");
     mine_tiles(b.view, m, stream);

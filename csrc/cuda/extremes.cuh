@@ -12,13 +12,12 @@ __global__ void extremes_kernel(int64_t rows, Choices choices, const float* half
   if (p >= rows) return;
   const int64_t row = choices.anchor(p);
   const bool finite = flags->not_finite == 0;
-  const auto write = [&](int64_t at, int32_t index, T half_square, T none) {
-    const bool found = finite && index != kNobody;
-    static_cast<T*>(out.half_squares)[at] = !finite ? not_a_number<T>() : found ? half_square : none;
-    out.indices[at] = found ? index : -1;
+  const auto write = [&](int64_t at, const auto& best) {
+    static_cast<T*>(out.half_squares)[at] = finite ? best.value : not_a_number<T>();
+    out.indices[at] = finite && best.index != kNobody ? best.index : -1;
   };
-  write(row, choices.positive(p), choices.farthest(p), -infinity<T>());
-  write(rows + row, choices.negative(p), choices.nearest(p), infinity<T>());
+  write(row, choices.farthest(p));
+  write(rows + row, choices.nearest(p));
   if (out.half_norms) out.half_norms[row] = half_norms[p];
 }
 

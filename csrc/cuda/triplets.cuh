@@ -25,11 +25,16 @@ struct DirectChoices {
   __device__ __forceinline__ int64_t anchor(int64_t p) const { return p; }
   __device__ __forceinline__ int32_t positive(int64_t p) const { return best<true>(p, 0).index; }
   __device__ __forceinline__ int32_t negative(int64_t p) const { return best<false>(p, found.splits).index; }
-  // |a - b|^2 / 2
-  __device__ __forceinline__ T farthest(int64_t p) const { return best<true>(p, 0).value / 2; }
-  __device__ __forceinline__ T nearest(int64_t p) const { return best<false>(p, found.splits).value / 2; }
+  // By |a - b|^2 / 2.
+  __device__ __forceinline__ Best<T, true> farthest(int64_t p) const { return halved(best<true>(p, 0)); }
+  __device__ __forceinline__ Best<T, false> nearest(int64_t p) const { return halved(best<false>(p, found.splits)); }
 
  private:
+  template <bool kLargest>
+  __device__ __forceinline__ static Best<T, kLargest> halved(Best<T, kLargest> best) {
+    best.value /= 2;
+    return best;
+  }
   template <bool kLargest>
   __device__ __forceinline__ Best<T, kLargest> best(int64_t p, int first) const {
     Best<T, kLargest> best;
@@ -48,9 +53,17 @@ struct TileChoices {
   __device__ __forceinline__ int64_t anchor(int64_t p) const { return original[p]; }
   __device__ __forceinline__ int32_t positive(int64_t p) const { return index_of_key(keys.positive[p]); }
   __device__ __forceinline__ int32_t negative(int64_t p) const { return index_of_key(keys.negative[p]); }
-  // |a - b|^2 / 2
-  __device__ __forceinline__ float farthest(int64_t p) const { return value_of_key(keys.positive[p]); }
-  __device__ __forceinline__ float nearest(int64_t p) const { return -value_of_key(keys.negative[p]); }
+  // By |a - b|^2 / 2.
+  __device__ __forceinline__ Best<float, true> farthest(int64_t p) const {
+    Best<float, true> best;
+    if (keys.positive[p] != 0) best.improve(value_of_key(keys.positive[p]), positive(p));
+    return best;
+  }
+  __device__ __forceinline__ Best<float, false> nearest(int64_t p) const {
+    Best<float, false> best;
+    if (keys.negative[p] != 0) best.improve(-value_of_key(keys.negative[p]), negative(p));
+    return best;
+  }
 };
 
 // ---- loss ----

@@ -20,6 +20,8 @@ struct float2 {
   float x, y;
 };
 
+inline void __trap() { std::abort(); }
+
 namespace emulator {
 
 EMULATOR_NO_TSAN inline Dim3 thread_index() { return {unsigned(block()->running->index), 0, 0}; }
@@ -59,7 +61,6 @@ inline unsigned ballot(int line, unsigned mask, bool predicate) {
 }  // namespace emulator
 
 inline unsigned __float_as_uint(float f) { return halves::bits_of(f); }
-inline void __trap() { std::abort(); }
 inline float __uint_as_float(unsigned u) { return halves::float_of(u); }
 inline long long __double_as_longlong(double d) { return (long long)halves::bits_of(d); }
 inline int __ffs(unsigned v) { return __builtin_ffs(int(v)); }
