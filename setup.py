@@ -91,10 +91,29 @@ class Build(BuildExtension):
     """Compiles csrc/cuda/*.cu with nvcc first: they see no torch header, which takes seconds and fits any."""
 
     def build_extensions(self) -> None:
+        extension = self.extensions[0]
         if NVCC:
             # Before the runtime, which is an archive: only what is asked for by then is taken from it.
-            self.extensions[0].extra_objects[:0] = self.cuda_objects()
+            extension.extra_objects[:0] = self.cuda_objects()
+        extension.sources = self.sources_by_folder(extension.sources)
         super().build_extensions()
+
+    def sources_by_folder(self, sources: list[str]) -> list[str]:
+        """A file for each folder that includes all of it: torch's headers take longer than the rest.
+
+        Not of simd/, where each file is compiled for processors of its own.
+        """
+        apart = [source for source in sources if Path(source).parent.name == "simd"]
+        folders = {Path(source).parent for source in sources if source not in apart}
+        joined = []
+        for folder in sorted(folders):
+            target = Path(self.build_temp, f"{'_'.join(folder.parts)}.cpp")
+            text = "".join(f'#include "{Path(s).resolve()}"\n' for s in sources if Path(s).parent == folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.exists() or target.read_text() != text:  # written anew it would be compiled anew
+                target.write_text(text)
+            joined.append(str(target))
+        return apart + joined
 
     def cuda_objects(self) -> list[str]:
         options = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden"]
@@ -127,7 +146,7 @@ setup(
     ext_modules=[
         CppExtension(
             "deepsim_ext._C",
-            sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp") + (glob("csrc/cuda/*.cpp") if NVCC else [])),
+            sorted(s for s in glob("csrc/**/*.cpp", recursive=True) if NVCC or Path(s).parent.name != "cuda"),
             # Python's own flags ask for debug information. It takes half of the time to compile torch's
             # headers, and three quarters of the module.
             extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", "-Wno-psabi", *openmp],

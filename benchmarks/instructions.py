@@ -41,7 +41,7 @@ def measure() -> dict[str, Any]:
     """The compiler, and by kernel its instructions in all and for each multiplication."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "instructions")
-        sources = ["benchmarks/instructions.cpp", "csrc/cpu/avx2.cpp"]
+        sources = ["benchmarks/instructions.cpp", "csrc/cpu/simd/avx2.cpp"]
         options = ["-std=c++17", "-O3", "-g", "-Wno-psabi", "-I."]
         subprocess.run(["g++", *options, *sources, "-o", str(program)], cwd=ROOT, check=True)
         base = count(program, "nothing")

@@ -7,7 +7,7 @@
 
 namespace deepsim {
 
-constexpr char kBackward[] = "batch_all_triplet_loss_backward";
+constexpr char kBatchAllBackward[] = "batch_all_triplet_loss_backward";
 
 TORCH_LIBRARY_FRAGMENT(deepsim_ext, m) {
   // semi_hard: only triplets with d_ap < d_an <= d_ap + margin. counts: valid anchors, triplets, triplets with a loss > 0; means: of d_ap
@@ -24,7 +24,7 @@ TORCH_LIBRARY_FRAGMENT(deepsim_ext, m) {
 }
 
 TORCH_LIBRARY_IMPL(deepsim_ext, CompositeExplicitAutograd, m) {
-  m.impl(kBackward, scale_gradients<kBackward, double, bool, std::string_view, std::string_view>);
+  m.impl(kBatchAllBackward, scale_gradients<kBatchAllBackward, double, bool, std::string_view, std::string_view>);
 }
 
 }  // namespace deepsim

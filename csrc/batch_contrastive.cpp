@@ -7,7 +7,7 @@
 
 namespace deepsim {
 
-constexpr char kBackward[] = "batch_contrastive_loss_backward";
+constexpr char kBatchContrastiveBackward[] = "batch_contrastive_loss_backward";
 
 TORCH_LIBRARY_FRAGMENT(deepsim_ext, m) {
   // Over ordered pairs. counts: positive pairs, negative pairs, and those of either with a loss > 0; means: of the positive and the
@@ -24,7 +24,7 @@ TORCH_LIBRARY_FRAGMENT(deepsim_ext, m) {
 }
 
 TORCH_LIBRARY_IMPL(deepsim_ext, CompositeExplicitAutograd, m) {
-  m.impl(kBackward, scale_gradients<kBackward, double, double, bool, std::string_view, std::string_view>);
+  m.impl(kBatchContrastiveBackward, scale_gradients<kBatchContrastiveBackward, double, double, bool, std::string_view, std::string_view>);
 }
 
 }  // namespace deepsim

@@ -7,7 +7,7 @@
 
 namespace deepsim {
 
-constexpr char kBackward[] = "batch_semi_hard_triplet_loss_backward";
+constexpr char kBatchSemiHardBackward[] = "batch_semi_hard_triplet_loss_backward";
 
 TORCH_LIBRARY_FRAGMENT(deepsim_ext, m) {
   // Results as of batch_all_triplet_loss.
@@ -22,7 +22,7 @@ TORCH_LIBRARY_FRAGMENT(deepsim_ext, m) {
 }
 
 TORCH_LIBRARY_IMPL(deepsim_ext, CompositeExplicitAutograd, m) {
-  m.impl(kBackward, scale_gradients<kBackward, double, bool, std::string_view, std::string_view>);
+  m.impl(kBatchSemiHardBackward, scale_gradients<kBatchSemiHardBackward, double, bool, std::string_view, std::string_view>);
 }
 
 }  // namespace deepsim

@@ -14,9 +14,9 @@ namespace deepsim::cpu {
 namespace {
 
 template <class T>
-LossWithGradient loss_forward(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& labels, const OptionalTensor& ref,
-                              const OptionalTensor& ref_labels, double margin, bool semi_hard, Distance distance, SumReduction reduction,
-                              bool with_gradient) {
+LossWithGradient batch_all_forward(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& labels, const OptionalTensor& ref,
+                                   const OptionalTensor& ref_labels, double margin, bool semi_hard, Distance distance,
+                                   SumReduction reduction, bool with_gradient) {
   const PackedPairs<T> pairs = pack_pairs(kernels, x, labels, ref, ref_labels, distance);
   int64_t valid_anchors = 0, triplets = 0;
   for (int64_t p = 0; p < pairs.rows.count; ++p) {
@@ -71,7 +71,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_all
   const OptionalTensor ref = ref_embeddings ? OptionalTensor(with_adjacent_columns(*ref_embeddings)) : std::nullopt;
   return dispatch(x.scalar_type(), [&](const auto& kernels) {
     using T = typename std::decay_t<decltype(kernels)>::Compute;
-    const LossWithGradient l = loss_forward<T>(kernels, x, labels, ref, ref_labels, margin, semi_hard, d, r, with_gradient);
+    const LossWithGradient l = batch_all_forward<T>(kernels, x, labels, ref, ref_labels, margin, semi_hard, d, r, with_gradient);
     return std::tuple(l.loss, l.counts, l.means, l.grad, l.grad_ref);
   });
 }

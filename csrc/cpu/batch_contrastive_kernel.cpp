@@ -19,8 +19,8 @@ struct ContrastiveOptions {
 };
 
 template <class T>
-LossWithGradient loss_forward(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& labels, const OptionalTensor& ref,
-                              const OptionalTensor& ref_labels, const ContrastiveOptions& options, bool with_gradient) {
+LossWithGradient contrastive_forward(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& labels, const OptionalTensor& ref,
+                                     const OptionalTensor& ref_labels, const ContrastiveOptions& options, bool with_gradient) {
   const PackedPairs<T> pairs = pack_pairs(kernels, x, labels, ref, ref_labels, options.distance);
   int64_t positive_pairs = 0, negative_pairs = 0;
   for (int64_t p = 0; p < pairs.rows.count; ++p) {
@@ -91,7 +91,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_con
   const OptionalTensor ref = ref_embeddings ? OptionalTensor(with_adjacent_columns(*ref_embeddings)) : std::nullopt;
   return dispatch(x.scalar_type(), [&](const auto& kernels) {
     using T = typename std::decay_t<decltype(kernels)>::Compute;
-    const LossWithGradient l = loss_forward<T>(kernels, x, labels, ref, ref_labels, options, with_gradient);
+    const LossWithGradient l = contrastive_forward<T>(kernels, x, labels, ref, ref_labels, options, with_gradient);
     return std::tuple(l.loss, l.counts, l.means, l.grad, l.grad_ref);
   });
 }

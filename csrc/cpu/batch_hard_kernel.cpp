@@ -33,8 +33,8 @@ T divisor(Reduction reduction, const TripletLoss<T>& loss, const int32_t* positi
 }
 
 template <class T>
-LossResult loss_forward(const Kernels<T>& kernels, const at::Tensor& x, const OptionalTensor& ref, const Mined& mined,
-                        const TripletLoss<T>& loss, Distance distance, Reduction reduction) {
+LossResult batch_hard_forward(const Kernels<T>& kernels, const at::Tensor& x, const OptionalTensor& ref, const Mined& mined,
+                              const TripletLoss<T>& loss, Distance distance, Reduction reduction) {
   const Stage stage("recompute");
   const int64_t n = x.size(0);
   const auto options = x.options().dtype(c10::CppTypeToScalarType<T>::value);
@@ -78,7 +78,7 @@ LossResult triplet_loss(const char* function, Mine mine, const at::Tensor& embed
   const Mined mined = mine(x, labels, ref, ref_labels, d);
   return dispatch(x.scalar_type(), [&](const auto& kernels) {
     using T = typename std::decay_t<decltype(kernels)>::Compute;
-    return loss_forward<T>(kernels, x, ref, mined, {T(margin), soft}, d, r);
+    return batch_hard_forward<T>(kernels, x, ref, mined, {T(margin), soft}, d, r);
   });
 }
 
@@ -131,10 +131,10 @@ Uses uses_of(const int32_t* positives, const int32_t* negatives, int64_t anchors
 }
 
 template <class T>
-std::tuple<at::Tensor, at::Tensor> loss_backward(const Kernels<T>& kernels, const at::Tensor& grad_loss, const at::Tensor& x,
-                                                 const OptionalTensor& ref, const at::Tensor& positives,
-                                                 const at::Tensor& negatives, const at::Tensor& d_ap, const at::Tensor& d_an,
-                                                 const TripletLoss<T>& loss, Distance distance, Reduction reduction) {
+std::tuple<at::Tensor, at::Tensor> batch_hard_backward(const Kernels<T>& kernels, const at::Tensor& grad_loss, const at::Tensor& x,
+                                                       const OptionalTensor& ref, const at::Tensor& positives,
+                                                       const at::Tensor& negatives, const at::Tensor& d_ap, const at::Tensor& d_an,
+                                                       const TripletLoss<T>& loss, Distance distance, Reduction reduction) {
   const Stage stage("backward");
   const int64_t n = x.size(0), depth = x.size(1);
   const int32_t *p = positives.const_data_ptr<int32_t>(), *q = negatives.const_data_ptr<int32_t>();
@@ -192,7 +192,7 @@ std::tuple<at::Tensor, at::Tensor> batch_hard_triplet_loss_backward(
   const OptionalTensor ref = ref_embeddings ? OptionalTensor(with_adjacent_columns(*ref_embeddings)) : std::nullopt;
   return dispatch(x.scalar_type(), [&](const auto& kernels) {
     using T = typename std::decay_t<decltype(kernels)>::Compute;
-    return loss_backward<T>(kernels, grad_loss.contiguous(), x, ref, positives.contiguous(), negatives.contiguous(),
+    return batch_hard_backward<T>(kernels, grad_loss.contiguous(), x, ref, positives.contiguous(), negatives.contiguous(),
                             d_ap.contiguous(), d_an.contiguous(), {T(margin), soft}, d, r);
   });
 }

@@ -23,7 +23,7 @@ struct Triplets {
 };
 
 template <class T>
-Triplets mine(const Kernels<T>& kernels, const PackedPairs<T>& pairs, Distance distance) {
+Triplets mine_semi_hard(const Kernels<T>& kernels, const PackedPairs<T>& pairs, Distance distance) {
   PositiveLists<T> lists = positive_lists(kernels, pairs, distance);
   const std::vector<int32_t> slot = sort_descending(lists);
   const FartherNegatives<T> negatives = farther_negatives(kernels, pairs, lists, distance);
@@ -50,15 +50,15 @@ std::vector<int32_t> packed_positions(const PackedPoints<T>& points) {
 }
 
 template <class T>
-LossWithGradient loss_forward(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& labels, const OptionalTensor& ref,
-                              const OptionalTensor& ref_labels, const TripletLoss<T>& loss, Distance distance,
-                              SumReduction reduction, bool with_gradient) {
+LossWithGradient semi_hard_forward(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& labels, const OptionalTensor& ref,
+                                   const OptionalTensor& ref_labels, const TripletLoss<T>& loss, Distance distance,
+                                   SumReduction reduction, bool with_gradient) {
   const PackedPairs<T> pairs = pack_pairs(kernels, x, labels, ref, ref_labels, distance);
   int64_t valid_anchors = 0;
   for (int64_t p = 0; p < pairs.rows.count; ++p) valid_anchors += pairs.positive_count(p) > 0 && pairs.negative_count(p) > 0;
   if (!pairs.finite) return not_finite<T>(x, ref, {valid_anchors, 0, 0}, with_gradient);
 
-  const Triplets triplets = mine(kernels, pairs, distance);
+  const Triplets triplets = mine_semi_hard(kernels, pairs, distance);
   const at::Tensor& others = ref ? *ref : x;
   std::vector<T> d_ap(triplets.size()), d_an(triplets.size()), weight(triplets.size());
   {
@@ -129,7 +129,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_sem
   return dispatch(x.scalar_type(), [&](const auto& kernels) {
     using T = typename std::decay_t<decltype(kernels)>::Compute;
     const LossWithGradient l =
-        loss_forward<T>(kernels, x, labels, ref, ref_labels, {T(margin), soft}, d, r, with_gradient);
+        semi_hard_forward<T>(kernels, x, labels, ref, ref_labels, {T(margin), soft}, d, r, with_gradient);
     return std::tuple(l.loss, l.counts, l.means, l.grad, l.grad_ref);
   });
 }

@@ -13,17 +13,17 @@
 namespace deepsim::cpu {
 namespace {
 
-using Found = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using FartherFound = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 template <class T>
-Found search(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& labels, const at::Tensor& ref,
-             const at::Tensor& ref_labels, const at::Tensor& begin, const at::Tensor& positives, const Center& about,
-             Distance distance) {
+FartherFound search_farther(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& labels, const at::Tensor& ref,
+                            const at::Tensor& ref_labels, const at::Tensor& begin, const at::Tensor& positives, const Center& about,
+                            Distance distance) {
   constexpr T infinity = std::numeric_limits<T>::infinity();
   const auto nan = [&](int64_t n) { return at::full({n}, std::numeric_limits<double>::quiet_NaN(), positives.options()); };
   const auto nobody = [&](int64_t n) { return at::full({n}, -1, positives.options().dtype(at::kInt)); };
   const int64_t n = x.size(0), elements = positives.size(0);
-  Found found{nan(elements), nobody(elements), nan(n), nobody(n)};
+  FartherFound found{nan(elements), nobody(elements), nan(n), nobody(n)};
   auto& [nearest, nearest_index, farthest, farthest_index] = found;
 
   const PackedPairs<T> pairs = pack_pairs(kernels, x, labels, OptionalTensor(ref), OptionalTensor(ref_labels), distance, about);
@@ -49,15 +49,15 @@ Found search(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& l
   return found;
 }
 
-Found semi_hard_negatives(const at::Tensor& embeddings, const at::Tensor& labels, const at::Tensor& ref_embeddings,
-                          const at::Tensor& ref_labels, const at::Tensor& begin, const at::Tensor& positives,
-                          const OptionalTensor& center, std::string_view distance) {
+FartherFound semi_hard_negatives(const at::Tensor& embeddings, const at::Tensor& labels, const at::Tensor& ref_embeddings,
+                                 const at::Tensor& ref_labels, const at::Tensor& begin, const at::Tensor& positives,
+                                 const OptionalTensor& center, std::string_view distance) {
   constexpr const char* function = "semi_hard_negatives";
   check_given_lists(function, embeddings, labels, ref_embeddings, ref_labels, begin, positives, center);
   const Distance d = distance_from(function, distance);
   return dispatch(embeddings.scalar_type(), [&](const auto& kernels) {
-    return search(kernels, with_adjacent_columns(embeddings), labels, with_adjacent_columns(ref_embeddings), ref_labels, begin.contiguous(),
-                  positives.contiguous(), given_center(center), d);
+    return search_farther(kernels, with_adjacent_columns(embeddings), labels, with_adjacent_columns(ref_embeddings), ref_labels,
+                          begin.contiguous(), positives.contiguous(), given_center(center), d);
   });
 }
 

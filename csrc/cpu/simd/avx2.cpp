@@ -7,7 +7,7 @@
 #endif
 #define DEEPSIM_CAPABILITY avx2
 #define DEEPSIM_VECTOR_BYTES 32
-#include "simd/table.h"
+#include "table.h"
 
 namespace deepsim::cpu {
 extern const KernelTable avx2_kernels = avx2::table();

@@ -7,7 +7,7 @@
 #endif
 #define DEEPSIM_CAPABILITY avx512
 #define DEEPSIM_VECTOR_BYTES 64
-#include "simd/table.h"
+#include "table.h"
 
 namespace deepsim::cpu {
 extern const KernelTable avx512_kernels = avx512::table();
