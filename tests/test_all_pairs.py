@@ -16,7 +16,7 @@ from deepsim_ext import (
     reference,
 )
 
-from .samples import DISTANCES, DTYPES, Sample, balanced_labels, batch_hard_samples
+from .samples import DISTANCES, DTYPES, FORMS, Sample, balanced_labels, batch_hard_samples
 from .test_batch_hard import leaves
 
 ops = torch.ops.deepsim_ext
@@ -118,7 +118,8 @@ def test_gradcheck_on_the_compiled_op(name, distance):
             return loss(*arguments, distance=distance, **options)
 
         assert torch.autograd.gradcheck(value, leaves(tensors))
-        assert torch.autograd.gradgradcheck(value, leaves(tensors))
+        # In a random direction: what torch's own operations make of the gradient's formula.
+        assert torch.autograd.gradgradcheck(value, leaves(tensors), fast_mode=True)
 
 
 OPS = {
@@ -132,9 +133,10 @@ OPS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_opcheck(op, dtype):
     forward, backward = getattr(ops, op).default, getattr(ops, f"{op}_backward").default
-    for i, sample in enumerate(samples(dtype, small=True)):
+    forms = [sample for sample in samples(dtype, small=True) if sample.name in FORMS]
+    for sample, distance, reduction in zip(forms, DISTANCES, ("mean", "mean_nonzero", "sum"), strict=True):
         tensors = sample.fresh(requires_grad=True)
-        options = (*OPS[op], DISTANCES[i % 3], ("mean", "mean_nonzero", "sum")[i % 3])
+        options = (*OPS[op], distance, reduction)
         opcheck(forward, (*tensors, *options, True))
         opcheck(forward, (*(t if t is None else t.detach() for t in tensors), *options, False))
         with torch.no_grad():

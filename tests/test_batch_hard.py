@@ -11,7 +11,15 @@ from torch.library import opcheck
 import deepsim_ext
 from deepsim_ext import batch_hard_mine, batch_hard_triplet_loss, reference
 
-from .samples import DISTANCES, DTYPES, TRIPLET_REDUCTIONS, Sample, balanced_labels, batch_hard_samples
+from .samples import (
+    DISTANCES,
+    DTYPES,
+    FORMS,
+    TRIPLET_REDUCTIONS,
+    Sample,
+    balanced_labels,
+    batch_hard_samples,
+)
 
 ops = torch.ops.deepsim_ext
 
@@ -100,15 +108,17 @@ def test_gradcheck_on_the_compiled_op(distance, soft, reduction):
             )
 
         assert torch.autograd.gradcheck(loss, leaves(tensors))
-        assert torch.autograd.gradgradcheck(loss, leaves(tensors))
+        # In a random direction: what torch's own operations make of the gradient's formula.
+        assert torch.autograd.gradgradcheck(loss, leaves(tensors), fast_mode=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_opcheck(dtype):
-    for i, sample in enumerate(batch_hard_samples(dtype, small=True)):
+    forms = [sample for sample in batch_hard_samples(dtype, small=True) if sample.name in FORMS]
+    for sample, distance, reduction in zip(forms, DISTANCES, ("none", "sum", "mean_nonzero"), strict=True):
         x, labels, ref, ref_labels = tensors = sample.fresh(requires_grad=True)
-        options = (0.2, i % 3 == 0, DISTANCES[i % 3], TRIPLET_REDUCTIONS[i % 4])
-        opcheck(ops.batch_hard_mine.default, (*(t if t is None else t.detach() for t in tensors), options[2]))
+        options = (0.2, reduction == "sum", distance, reduction)
+        opcheck(ops.batch_hard_mine.default, (*(t if t is None else t.detach() for t in tensors), distance))
         opcheck(ops.batch_hard_triplet_loss.default, (*tensors, *options))
         with torch.no_grad():
             loss, d_ap, d_an, positives, negatives = ops.batch_hard_triplet_loss(*tensors, *options)

@@ -12,7 +12,15 @@ from torch.library import opcheck
 from deepsim_ext import batch_hard_mine, batch_hard_triplet_loss, reference
 from deepsim_ext.reference.distances import pairwise
 
-from .samples import DISTANCES, DTYPES, TRIPLET_REDUCTIONS, Sample, balanced_labels, batch_hard_samples
+from .samples import (
+    DISTANCES,
+    DTYPES,
+    FORMS,
+    TRIPLET_REDUCTIONS,
+    Sample,
+    balanced_labels,
+    batch_hard_samples,
+)
 from .test_batch_hard import SETTINGS, TOLERANCE, assert_gradients_agree, leaves
 
 ops = torch.ops.deepsim_ext
@@ -193,18 +201,19 @@ def test_gradcheck_on_the_compiled_op(positive, negative, distance):
             )
 
         assert torch.autograd.gradcheck(loss, leaves(tensors))
-        assert torch.autograd.gradgradcheck(loss, leaves(tensors))
+        # In a random direction: what torch's own operations make of the gradient's formula.
+        assert torch.autograd.gradgradcheck(loss, leaves(tensors), fast_mode=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @by_strategies
 def test_opcheck(positive, negative, dtype):
-    for i, sample in enumerate(samples(dtype, small=True)):
+    forms = [sample for sample in samples(dtype, small=True) if sample.name in FORMS]
+    for sample, distance, reduction in zip(forms, DISTANCES, ("none", "sum", "mean_nonzero"), strict=True):
         tensors = sample.fresh(requires_grad=True)
-        distance = DISTANCES[i % 3]
         detached = (t if t is None else t.detach() for t in tensors)
         opcheck(ops.mine_triplets.default, (*detached, positive, negative, distance))
-        options = (positive, negative, 0.2, i % 3 == 0, distance, TRIPLET_REDUCTIONS[i % 4])
+        options = (positive, negative, 0.2, reduction == "sum", distance, reduction)
         opcheck(ops.mined_triplet_loss.default, (*tensors, *options))
 
 
