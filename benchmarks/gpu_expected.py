@@ -27,7 +27,9 @@ SHALLOW = 384  # columns: of deeper float32 rows one block fits on a multiproces
 SQUARE = 8  # tiles on a side of what runs together
 # Instructions on a tile's element: half norms, scales, comparisons along the row and along the column.
 REDUCE_INSTRUCTIONS = 7
-MOST_RANKED = 16384  # numbers that are sorted by counting who comes before
+STAYING = 3 * 128  # bytes of rows that stay in shared memory for tiles beside each other, if there is wgmma
+MOST_RANKED = 65536  # numbers that are sorted in two launches
+RUN = 512  # of these, that are sorted by counting
 
 
 @dataclass
@@ -47,13 +49,15 @@ class Stage:
         return work + self.launches * LAUNCH
 
 
-def ranks(count: int) -> Stage:
-    """A sort by counting who comes before, of numbers that 32 bits hold."""
-    return Stage("sort", plain=4 * count * count, launches=3)
+def sort(name: str, count: int, by_torch: Stage) -> Stage:
+    """By runs, each number compared with all of its own and found in the others in ten steps."""
+    if count > MOST_RANKED:
+        return by_torch
+    return Stage(name, plain=4 * count * RUN + 120 * count * count / RUN, launches=2)
 
 
 def sort_labels(n: int) -> Stage:
-    return ranks(n) if n <= MOST_RANKED else Stage("sort", memory=8 * 16 * n, launches=20)
+    return sort("sort", n, Stage("sort", memory=8 * 16 * n, launches=20))
 
 
 def packed_row(d: int, split: bool) -> int:
@@ -67,11 +71,15 @@ def search(tiles: float, d: int, split: bool, way: str) -> Stage:
     blocks_at_once = MULTIPROCESSORS * (1 if split and d > SHALLOW else 2)
     waves = math.ceil(tiles / blocks_at_once)
     full = waves * blocks_at_once  # the last wave takes as long as the others
+    stretch = 1  # tiles of one row that a block takes one after another; each is to have three times so many
+    while stretch < SQUARE and tiles >= 3 * 2 * stretch * blocks_at_once:
+        stretch *= 2
+    rows = 1 / stretch if way == "wgmma" and row <= STAYING else 1
     flops = 2 * TILE * TILE * row / 2 * (2 if split else 1)
     return Stage(
         f"tiles: {tiles:.0f} in {waves} waves",
         memory=tiles * TILE * row * 2 / SQUARE,
-        l2=full * TILE * row * 2,
+        l2=full * TILE * row * (1 + rows),
         tensor=full * flops / HALF_FLOPS[way],
         plain=full * TILE * TILE * REDUCE_INSTRUCTIONS,
     )
@@ -83,13 +91,14 @@ def batch_hard(n: int, d: int, split: bool, itemsize: int, way: str) -> list[Sta
     x = n * d * itemsize
     centre = [Stage("centre", memory=x, launches=2)] if itemsize == 4 else []
     return [
+        Stage("flags", launches=2),
         sort_labels(n),
         *centre,
         Stage("pack", memory=x + n * packed_row(d, split)),
         search(rows_down * (rows_down + 1) / 2, d, split, way),
         Stage("choose again: whether anybody has to", memory=40 * n),
         Stage("distances and loss", memory=3 * x),
-        ranks(2 * n) if 2 * n <= MOST_RANKED else Stage("sort choices", memory=4 * 24 * n, launches=12),
+        sort("sort choices", 2 * n, Stage("sort choices", memory=4 * 24 * n, launches=12)),
         Stage("gradient", memory=6 * x, launches=3),
     ]
 

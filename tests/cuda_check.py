@@ -41,7 +41,8 @@ SHARED_SOURCE = """
 #include "csrc/cuda/nearest_neighbors.cu"
 using namespace deepsim::cuda;
 int main() {
-  std::printf("rank_kernel %zu\\n", sizeof(RankShared<int64_t>));
+  std::printf("sort_runs_kernel %zu\\n", sizeof(RunShared<int64_t>));
+  std::printf("merge_runs_kernel %zu\\n", sizeof(MergeShared));
   std::printf("centre_sums_kernel %zu\\n", kCentreThreads * sizeof(double));
   std::printf("centre_kernel %zu\\n", kSpreadPairs * sizeof(double));
   std::printf("mine_direct_kernel %zu\\n", sizeof(DirectShared<double>));
@@ -86,8 +87,8 @@ class Expectation:
 
 EXPECTATIONS = {
     "norms_kernel": Expectation(),
-    "rank_kernel": Expectation(),
-    "place_kernel": Expectation(),
+    "sort_runs_kernel": Expectation(threads=128),
+    "merge_runs_kernel": Expectation(),
     "centre_sums_kernel": Expectation(),
     "centre_kernel": Expectation(),
     "pack_kernel": Expectation(),
@@ -100,7 +101,7 @@ EXPECTATIONS = {
     "choose_again_kernel": Expectation(least_blocks=2),
     "finish_kernel": Expectation(least_blocks=2),
     "extremes_kernel": Expectation(least_blocks=2),
-    "count_kernel": Expectation(),
+    "lay_choices_kernel": Expectation(),
     "prepare_kernel": Expectation(),
     "gradient_kernel": Expectation(least_blocks=2),
     "pair_distances_kernel": Expectation(least_blocks=2),

@@ -49,6 +49,7 @@ void pack(const Batch& batch, const TileMining& mining, bool of_anchors, void* s
   p.norms = of_anchors ? batch.anchor_norm : batch.reference_norm;
   p.centre = mining.centre.at;
   p.out = of_anchors ? mining.anchors : mining.references;
+  p.keys = of_anchors ? mining.anchor_keys : mining.reference_keys;
   p.column_labels = mining.references.sorted_labels;
   p.column_count = batch.references.count;
   p.flags = batch.flags;
@@ -64,17 +65,25 @@ void write_extremes(int64_t rows, const Choices& choices, const float* half_norm
 constexpr int64_t kMostBlocks = int64_t(1) << 30;
 
 template <class T>
-void launch_sort(const T* numbers, int64_t count, int32_t* ranks, T* sorted, int64_t* order, void* stream) {
-  const int64_t blocks = blocks_for(count, kRankThreads);
-  launch(rank_kernel<T>, blocks * blocks_for(count, kRankOthers), kRankThreads, sizeof(RankShared<T>), stream, numbers, count, ranks);
-  launch(place_kernel<T>, blocks, kRankThreads, 0, stream, numbers, count, ranks, sorted, order);
+void launch_sort(const T* numbers, int64_t count, const Runs<T>& room, T* sorted, int64_t* order, void* stream) {
+  launch(sort_runs_kernel<T>, blocks_for(count, kRankThreads), kRankThreads, sizeof(RunShared<T>), stream, numbers, count, room);
+  launch(merge_runs_kernel<T>, blocks_for(count, kWarp), kMergeThreads, sizeof(MergeShared), stream, room, int(count), sorted, order);
 }
 
-// How many places there are in the walk over tiles.
-void plan_walk(TileArguments& a) {
+// The walk by stretches of so many tiles.
+void plan_walk(TileArguments& a, int stretch) {
   const int64_t down = blocks_for(a.row_tiles, kSquare), across = blocks_for(a.column_tiles, kSquare);
   a.beside_diagonal = a.self_form ? a.row_tiles - 1 : 0;
-  a.tiles = a.beside_diagonal + (a.self_form ? down * (down + 1) / 2 : down * across) * kSquare * kSquare;
+  a.stretch = stretch;
+  a.stretches = a.beside_diagonal + (a.self_form ? down * (down + 1) / 2 : down * across) * kSquare * kSquare / stretch;
+}
+
+// As long as can be, if every one of so many blocks is to have three.
+int longest_stretch(const TileArguments& a, int64_t blocks) {
+  const int64_t tiles = a.self_form ? a.row_tiles * (a.row_tiles + 1) / 2 : a.row_tiles * a.column_tiles;
+  int stretch = 1;
+  while (stretch < kSquare && tiles >= 3 * 2 * stretch * blocks) stretch *= 2;
+  return stretch;
 }
 
 template <class Operand>
@@ -88,15 +97,16 @@ void mine_packed(const Batch& batch, const TileMining& mining, void* stream) {
   a.self_form = batch.self_form;
   a.row_keys = mining.anchor_keys;
   a.column_keys = mining.reference_keys;
-  plan_walk(a);
   const auto run_kind = [&](auto deep) {
     constexpr bool kDeep = decltype(deep)::value;
     if (mining.by_wgmma) {
-      const int64_t blocks = std::min<int64_t>(a.tiles, multiprocessors() * kBlocksAtOnce<kDeep>);
-      launch(mine_wgmma_kernel<Operand, kDeep>, blocks, kTileThreads, sizeof(WgmmaShared), stream, a);
+      const int64_t at_once = multiprocessors() * kBlocksAtOnce<kDeep>;
+      plan_walk(a, longest_stretch(a, at_once));
+      launch(mine_wgmma_kernel<Operand, kDeep>, std::min(a.stretches, at_once), kTileThreads, sizeof(WgmmaShared), stream, a);
     } else {
-      for (int64_t first = 0; first < a.tiles; first += kMostBlocks) {
-        const int64_t blocks = std::min(a.tiles - first, kMostBlocks);
+      plan_walk(a, 1);
+      for (int64_t first = 0; first < a.stretches; first += kMostBlocks) {
+        const int64_t blocks = std::min(a.stretches - first, kMostBlocks);
         launch(mine_mma_kernel<Operand, kDeep>, blocks, kTileThreads, sizeof(MmaShared), stream, a, first);
       }
     }
@@ -155,12 +165,12 @@ void find_centre(const Batch& batch, const Centre& centre, void* stream) {
   });
 }
 
-void sort_by_rank(const int64_t* numbers, int64_t count, int32_t* ranks, int64_t* sorted, int64_t* order, void* stream) {
-  launch_sort(numbers, count, ranks, sorted, order, stream);
+void sort_by_rank(const int64_t* numbers, int64_t count, Runs<int64_t> room, int64_t* sorted, int64_t* order, void* stream) {
+  launch_sort(numbers, count, room, sorted, order, stream);
 }
 
-void sort_by_rank(const int32_t* numbers, int64_t count, int32_t* ranks, int32_t* sorted, int64_t* order, void* stream) {
-  launch_sort(numbers, count, ranks, sorted, order, stream);
+void sort_by_rank(const int32_t* numbers, int64_t count, Runs<int32_t> room, int32_t* sorted, int64_t* order, void* stream) {
+  launch_sort(numbers, count, room, sorted, order, stream);
 }
 
 void pack_tiles(const Batch& batch, const TileMining& mining, void* stream) {
@@ -209,11 +219,18 @@ void extremes_of_tiles(const Batch& batch, const TileMining& mining, bool of_ref
   write_extremes<float>(of_references ? batch.references.count : batch.anchors.count, choices, set.half_norm, batch.flags, out, stream);
 }
 
+void lay_choices(const LossGradient& g, const LossOptions& options, void* stream) {
+  const int64_t anchors = g.batch.anchors.count;
+  if (anchors == 0) return;
+  dispatch(g.batch.storage, [&](auto s) {
+    launch(lay_choices_kernel<Compute<decltype(s)>>, blocks_for(anchors, 256), 256, 0, stream, g, options);
+  });
+}
+
 void triplet_gradient(const LossGradient& g, const LossOptions& options, void* stream) {
   dispatch(g.batch.storage, [&](auto s) {
     using S = decltype(s);
     const int64_t anchors = g.batch.anchors.count, columns = blocks_for(g.batch.anchors.depth, kGradientColumns);
-    if (anchors > 0) launch(count_kernel<Compute<S>>, blocks_for(anchors, 256), 256, 0, stream, g, options);
     launch(prepare_kernel<Compute<S>>, blocks_for(std::max(anchors, g.batch.references.count + 1), 256), 256, 0, stream, g, options);
     const auto run = [&](auto kernel, void* grad, int64_t rows) {
       if (rows == 0) return;

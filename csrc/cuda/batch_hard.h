@@ -24,6 +24,7 @@ struct Flags {
   int32_t not_finite;  // a NaN or inf in the embeddings, or rows so long that their distance overflows: nothing is chosen
   int32_t zero_row;    // cosine: some row has no direction
   uint32_t finished;   // blocks of the last kernel that are through
+  uint32_t counted;    // backward: anchors that are valid, or active
 };
 
 // One call's batch. In the self form the references are the anchors.
@@ -56,12 +57,17 @@ void mine_direct(const Batch& batch, const DirectFound& found, void* stream);
 
 // ---- sorting ----
 
-// Up to so many numbers are sorted by sort_by_rank. 16,384 are to take 30 us on an H200 if 32 bits hold them, which labels mostly are,
-// and 60 if not; torch's radix sort takes 75.
-constexpr int64_t kMostRanked = 16384;
-// Stable: sorted[k] = numbers[order[k]]. `ranks`: room for as many, all zero at the start.
-void sort_by_rank(const int64_t* numbers, int64_t count, int32_t* ranks, int64_t* sorted, int64_t* order, void* stream);
-void sort_by_rank(const int32_t* numbers, int64_t count, int32_t* ranks, int32_t* sorted, int64_t* order, void* stream);
+// Up to so many numbers are sorted by sort_by_rank: 32,768 are to take 12 us on an H200, torch's radix sort 40.
+constexpr int64_t kMostRanked = 65536;
+// Room for as many numbers, and where they stood.
+template <class T>
+struct Runs {
+  T* numbers;
+  int32_t* order;
+};
+// Stable: sorted[k] = numbers[order[k]].
+void sort_by_rank(const int64_t* numbers, int64_t count, Runs<int64_t> room, int64_t* sorted, int64_t* order, void* stream);
+void sort_by_rank(const int32_t* numbers, int64_t count, Runs<int32_t> room, int32_t* sorted, int64_t* order, void* stream);
 
 // ---- the centre that rows are moved to before products of them are formed ----
 
@@ -93,7 +99,7 @@ struct PackedSet {
 
 // The best found so far of a set's packed rows, see search_tile.cuh.
 struct Keys {
-  unsigned long long *positive, *negative;  // [padded rows] all zero at the start
+  unsigned long long *positive, *negative;  // [padded rows]
 };
 
 struct TileMining {
@@ -106,7 +112,7 @@ struct TileMining {
 
 // Whether the current device has wgmma, and this was compiled for it.
 bool can_use_wgmma();
-// After packing, neither `order` and `sorted_labels` nor the centre are needed any more.
+// Leaves keys of nobody as well. After packing, neither `order` and `sorted_labels` nor the centre are needed any more.
 void pack_tiles(const Batch& batch, const TileMining& mining, void* stream);
 void mine_tiles(const Batch& batch, const TileMining& mining, void* stream);
 
@@ -156,18 +162,19 @@ struct LossGradient {
   Batch batch;                           // labels are not read
   const int32_t *positives, *negatives;  // [anchors]
   const void *d_ap, *d_an, *grad_loss;   // in the type of the arithmetic
-  // Choices in ascending order of the chosen row: sorted_choices[u] was made by entry choice_order[u] of (positives, negatives) laid
-  // end to end.
+  int32_t* choices;  // room: [2 * anchors] positives, then negatives
+  // Choices in ascending order of the chosen row: sorted_choices[u] was made by entry choice_order[u] of `choices`.
   const int32_t* sorted_choices;
   const int64_t* choice_order;
   // Room: [rows that can be chosen + 1] where in this order a row's choices begin; [anchors] in the type of the arithmetic, what the
   // gradient of d_ap is multiplied by.
   int32_t* first_choice;
   void* coefficients;
-  unsigned long long* count;  // valid (or active) anchors, zero at the start
   void *grad, *grad_references;  // in the storage dtype; no grad_references in the self form
 };
 
+// Lays the choices end to end, to be sorted; and finds out what the gradient is divided by.
+void lay_choices(const LossGradient& gradient, const LossOptions& options, void* stream);
 void triplet_gradient(const LossGradient& gradient, const LossOptions& options, void* stream);
 
 }  // namespace deepsim::cuda

@@ -1,7 +1,6 @@
 // Batch-hard triplet loss on CUDA, the torch side: memory and what the launches in batch_hard.cu are to work on.
 #include "../batch_hard.h"
 
-#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/sort.h>
@@ -60,14 +59,15 @@ template <class T>
 std::tuple<at::Tensor, at::Tensor> sorted(const at::Tensor& numbers, void* stream) {
   const int64_t count = numbers.size(0);
   if (count == 0 || count > kMostRanked) return at::sort(numbers, /*stable=*/true, /*dim=*/0, /*descending=*/false);
-  const at::Tensor ranks = at::zeros({count}, numbers.options().dtype(at::kInt)), values = at::empty_like(numbers);
-  const at::Tensor order = at::empty({count}, numbers.options().dtype(at::kLong));
-  sort_by_rank(numbers.const_data_ptr<T>(), count, ranks.mutable_data_ptr<int32_t>(), values.mutable_data_ptr<T>(),
-               order.mutable_data_ptr<int64_t>(), stream);
+  const auto i = numbers.options().dtype(at::kInt), l = numbers.options().dtype(at::kLong);
+  const at::Tensor values = at::empty_like(numbers), of_runs = at::empty_like(numbers);
+  const at::Tensor order = at::empty({count}, l), order_of_runs = at::empty({count}, i);
+  const Runs<T> room{of_runs.mutable_data_ptr<T>(), order_of_runs.mutable_data_ptr<int32_t>()};
+  sort_by_rank(numbers.const_data_ptr<T>(), count, room, values.mutable_data_ptr<T>(), order.mutable_data_ptr<int64_t>(), stream);
   return {values, order};
 }
 
-// A packed set and the tensors that its pointers point into: 16 bytes a row and the operand, beside the sort's 16.
+// A packed set and the tensors that its pointers point into: 16 bytes a row and the operand, beside the sort's 16 (28 while it sorts).
 struct OwnedSet {
   at::Tensor sorted_labels, order, operand, half_norm, scale, label_id, original;
   PackedSet view;
@@ -120,7 +120,7 @@ struct OwnedKeys {
   Keys view = {};
 
   OwnedKeys() = default;
-  explicit OwnedKeys(const at::Tensor& x) : keys(at::zeros({2, padded_rows(x.size(0))}, x.options().dtype(at::kLong))) {
+  explicit OwnedKeys(const at::Tensor& x) : keys(at::empty({2, padded_rows(x.size(0))}, x.options().dtype(at::kLong))) {
     view.positive = reinterpret_cast<unsigned long long*>(keys.mutable_data_ptr<int64_t>());
     view.negative = view.positive + keys.size(1);
   }
@@ -139,6 +139,9 @@ void search_tiles(const OwnedBatch& b, bool by_wgmma, const OptionalTensor& cent
   OwnedSet references = self_form ? anchors : own_set(b.ref, b.ref_labels, row_bytes, stream);
   m.anchors = anchors.view;
   m.references = references.view;
+  const OwnedKeys anchor_keys(b.x), reference_keys = self_form ? anchor_keys : both_sides ? OwnedKeys(b.ref) : OwnedKeys();
+  m.anchor_keys = anchor_keys.view;
+  m.reference_keys = reference_keys.view;
   OwnedCentre own_centre;
   if (centred) m.centre = centre ? Centre{0, nullptr, centre->mutable_data_ptr<float>()} : own_centre.make(b);
   {
@@ -149,9 +152,6 @@ void search_tiles(const OwnedBatch& b, bool by_wgmma, const OptionalTensor& cent
     set->order.reset();
     set->sorted_labels.reset();
   }
-  const OwnedKeys anchor_keys(b.x), reference_keys = self_form ? anchor_keys : both_sides ? OwnedKeys(b.ref) : OwnedKeys();
-  m.anchor_keys = anchor_keys.view;
-  m.reference_keys = reference_keys.view;
   {
     const Stage stage("tiles");
     mine_tiles(b.view, m, stream);
@@ -278,10 +278,8 @@ std::tuple<at::Tensor, at::Tensor> batch_hard_triplet_loss_backward(
     b.flags.zero_();  // whatever they found, the distances that were saved say it
   }
   const at::Tensor p = positives.contiguous(), q = negatives.contiguous(), ap = d_ap.contiguous(), an = d_an.contiguous();
-  const at::Tensor g = grad_loss.contiguous(), count = at::zeros({1}, embeddings.options().dtype(at::kLong));
-  const auto [choices, order] = sorted<int32_t>(at::cat({p, q}), stream);
-  const at::Tensor first_choice = at::empty({b.ref.size(0) + 1}, p.options());
-  const at::Tensor coefficients = at::empty({b.x.size(0)}, ap.options());
+  const at::Tensor g = grad_loss.contiguous();
+  at::Tensor choices = at::empty({2 * b.x.size(0)}, p.options());
   LossGradient view = {};
   view.batch = b.view;
   view.positives = p.const_data_ptr<int32_t>();
@@ -289,8 +287,13 @@ std::tuple<at::Tensor, at::Tensor> batch_hard_triplet_loss_backward(
   view.d_ap = ap.const_data_ptr();
   view.d_an = an.const_data_ptr();
   view.grad_loss = g.const_data_ptr();
-  view.count = reinterpret_cast<unsigned long long*>(count.mutable_data_ptr<int64_t>());
-  view.sorted_choices = choices.const_data_ptr<int32_t>();
+  view.choices = choices.mutable_data_ptr<int32_t>();
+  lay_choices(view, options, stream);
+  const auto [sorted_choices, order] = sorted<int32_t>(choices, stream);
+  choices.reset();
+  const at::Tensor first_choice = at::empty({b.ref.size(0) + 1}, p.options());
+  const at::Tensor coefficients = at::empty({b.x.size(0)}, ap.options());
+  view.sorted_choices = sorted_choices.const_data_ptr<int32_t>();
   view.choice_order = order.const_data_ptr<int64_t>();
   view.first_choice = first_choice.mutable_data_ptr<int32_t>();
   view.coefficients = coefficients.mutable_data_ptr();

@@ -69,11 +69,11 @@ __device__ __forceinline__ void multiply_stage(MmaProducts& products, const unsi
   }
 }
 
-// Block b works on place first + b of the walk.
+// Block b works on stretch first + b of the walk, which is one tile.
 template <class Operand, bool kDeep>
 __global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce<kDeep>) mine_mma_kernel(TileArguments a, int64_t first) {
   auto& shared = shared_memory<MmaShared>();
-  const TileIndex tile = tile_index(first + blockIdx.x, a);
+  const TileIndex tile = tile_index(first + blockIdx.x, 0, a);
   if (tile.row < 0) return;
   load_description(shared.description, a, tile);
   const unsigned char* rows = a.rows.operand + tile.row * a.chunks * kChunkTileBytes;

@@ -1,6 +1,7 @@
 // Mining by wgmma (Hopper): tiles of 128 x 128 per block, 64 x 128 per warpgroup. Chunks of operands come by bulk copies, which need
 // no more than one thread to start them: packing has left them as wgmma reads them. As many blocks as run at once take tile after
-// tile; while one is searched, the first chunks of the next are on their way.
+// tile; while one is searched, the first chunks of the next are on their way. Rows of few chunks stay in shared memory for all tiles
+// of a stretch: what comes from L2, which then is all that tiles wait for, is little more than half.
 //
 // The rows' operand is taken from registers: there the halves of a Split piece can change places (see pack.cuh).
 #pragma once
@@ -13,21 +14,28 @@ using WgmmaProducts = Products<1, int(kTileRows) / 8>;
 
 // Two chunks are on their way while one is multiplied.
 constexpr int kWgmmaStages = 3;
-constexpr int kStageBytes = 2 * int(kChunkTileBytes);
 // Tiles that are known beforehand: this one, the two to which the next chunks may belong, and one more that is being added.
 constexpr int kUpcoming = kWgmmaStages + 1;
 // A product takes two pieces of a row.
 constexpr int kSteps = kPieces / 2;
 
+// A tile that the block will come to.
+struct Upcoming {
+  TileIndex tile;  // row -1: there is none
+  int rows_at;     // the rows' first chunk is the so many-th of rows that the block loads
+  bool new_rows;   // not those of the tile before, or those have not stayed
+};
+
 struct WgmmaShared {
-  unsigned char stage[kWgmmaStages][2][kChunkTileBytes];  // rows, columns
-  TileDescription description[2];                         // of this tile and the next, in turn
-  // Chunk c of all that the block multiplies is in stage c % kWgmmaStages: `full` when it has come, `empty` when all warps have read
-  // it; phase c / kWgmmaStages.
+  // Chunk c of all columns that the block multiplies is in stage c % kWgmmaStages: `full` when it has come, and that of rows with it,
+  // `empty` when all warps have read both; phase c / kWgmmaStages. Chunk c of all rows is in stage c % kWgmmaStages of its own.
+  unsigned char rows[kWgmmaStages][kChunkTileBytes], columns[kWgmmaStages][kChunkTileBytes];
+  TileDescription description[2];  // of this tile and the next, in turn
   ptx::Mbarrier full[kWgmmaStages], empty[kWgmmaStages];
-  // The block's tiles: its i-th is at i % kUpcoming, down to row -1 behind the last. `next` is the first place that was not looked at.
-  TileIndex upcoming[kUpcoming];
-  int64_t next;
+  // The block's tiles: its i-th is at i % kUpcoming. What was not looked at begins at tile `step` of stretch `stretch`.
+  Upcoming upcoming[kUpcoming];
+  int64_t stretch;
+  int step;
   // What is copied next: chunk `chunk` of the `loading`-th tile. It will be the `loaded`-th of all.
   int chunk, loading, loaded;
 };
@@ -36,22 +44,34 @@ struct WgmmaShared {
 
 __device__ __forceinline__ void add_upcoming(WgmmaShared& shared, const TileArguments& a, int i) {
   TileIndex tile{-1, -1};
-  for (; tile.row < 0 && shared.next < a.tiles; shared.next += gridDim.x) tile = tile_index(shared.next, a);
-  shared.upcoming[i % kUpcoming] = tile;
+  while (tile.row < 0 && shared.stretch < a.stretches) {
+    tile = tile_index(shared.stretch, shared.step, a);
+    const bool goes_on = shared.step + 1 < steps_of(shared.stretch, a);
+    shared.step = goes_on ? shared.step + 1 : 0;
+    if (!goes_on) shared.stretch += gridDim.x;
+  }
+  Upcoming next{tile, 0, true};
+  if (i > 0) {
+    const Upcoming& before = shared.upcoming[(i - 1) % kUpcoming];
+    next.new_rows = tile.row != before.tile.row || a.chunks > kWgmmaStages;
+    next.rows_at = before.rows_at + (next.new_rows ? a.chunks : 0);
+  }
+  shared.upcoming[i % kUpcoming] = next;
 }
 
+// Goes where columns were that all have read, by which nobody needs the rows any more that stood where new ones go: if these have less
+// chunks than there are stages, what stood there belonged to the rows before the last.
 __device__ __forceinline__ void load_next_chunk(WgmmaShared& shared, const TileArguments& a) {
-  const TileIndex tile = shared.upcoming[shared.loading % kUpcoming];
-  if (tile.row < 0) return;
+  const Upcoming& next = shared.upcoming[shared.loading % kUpcoming];
+  if (next.tile.row < 0) return;
   const int chunk = shared.chunk, loaded = shared.loaded, stage = loaded % kWgmmaStages;
   if (loaded >= kWgmmaStages) ptx::mbarrier_wait(&shared.empty[stage], loaded / kWgmmaStages - 1);
-  ptx::mbarrier_arrive_expect(&shared.full[stage], kStageBytes);
-  const auto copy = [&](int side, const PackedSet& set, int64_t position) {
-    const unsigned char* from = set.operand + (position * a.chunks + chunk) * kChunkTileBytes;
-    ptx::bulk_copy(shared.stage[stage][side], from, kChunkTileBytes, &shared.full[stage]);
+  ptx::mbarrier_arrive_expect(&shared.full[stage], int(kChunkTileBytes) * (next.new_rows ? 2 : 1));
+  const auto copy = [&](unsigned char* to, const PackedSet& set, int64_t tile) {
+    ptx::bulk_copy(to, set.operand + (tile * a.chunks + chunk) * kChunkTileBytes, int(kChunkTileBytes), &shared.full[stage]);
   };
-  copy(0, a.rows, tile.row);
-  copy(1, a.columns, tile.column);
+  if (next.new_rows) copy(shared.rows[(next.rows_at + chunk) % kWgmmaStages], a.rows, next.tile.row);
+  copy(shared.columns[stage], a.columns, next.tile.column);
   const bool last = chunk + 1 == a.chunks;
   shared.loaded = loaded + 1;
   shared.chunk = last ? 0 : chunk + 1;
@@ -61,12 +81,12 @@ __device__ __forceinline__ void load_next_chunk(WgmmaShared& shared, const TileA
 // Starts the products of one chunk. `a` and `swapped` are in use until they are done.
 template <class Operand>
 __device__ __forceinline__ void start_products(WgmmaProducts& products, uint32_t (&a)[kSteps][4], uint32_t (&swapped)[kSteps][4],
-                                               const unsigned char (&stage)[2][kChunkTileBytes], bool accumulate) {
+                                               const unsigned char* row_chunk, const unsigned char* column_chunk, bool accumulate) {
   int thread = int(threadIdx.x);
   ptx::forget(thread);  // see search
   const int lane = thread % kWarp, warp = thread / kWarp;
   // Lanes 0-15 point ldmatrix at the warp's 16 rows, lanes 16-31 at the next piece of the same.
-  const unsigned char* rows = stage[0] + (warp * 16 + lane % 16) * kChunkBytes;
+  const unsigned char* rows = row_chunk + (warp * 16 + lane % 16) * kChunkBytes;
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     ptx::ldmatrix_x4(a[step], rows + ((2 * step + lane / 16) ^ (lane % 8)) * kPieceBytes);
@@ -78,7 +98,7 @@ __device__ __forceinline__ void start_products(WgmmaProducts& products, uint32_t
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    const unsigned char* columns = stage[1] + 2 * step * kPieceBytes;
+    const unsigned char* columns = column_chunk + 2 * step * kPieceBytes;
     ptx::wgmma(typename Operand::Element{}, products.fragment[0], a[step], columns, accumulate || step > 0);
     if constexpr (Operand::kSplit) ptx::wgmma(typename Operand::Element{}, products.fragment[0], swapped[step], columns, true);
   }
@@ -95,24 +115,26 @@ __device__ __forceinline__ void mine_wgmma(const TileArguments& a) {
       ptx::mbarrier_init(&shared.empty[stage], kTileWarps);
     }
     ptx::mbarrier_init_fence();
-    shared.next = blockIdx.x;
-    shared.chunk = shared.loading = shared.loaded = 0;
+    shared.stretch = blockIdx.x;
+    shared.step = shared.chunk = shared.loading = shared.loaded = 0;
     for (int i = 0; i < kUpcoming - 1; ++i) add_upcoming(shared, a, i);
   }
   __syncthreads();
-  if (shared.upcoming[0].row < 0) return;
+  if (shared.upcoming[0].tile.row < 0) return;
   if (leads) {
     for (int chunk = 0; chunk < kWgmmaStages - 1; ++chunk) load_next_chunk(shared, a);
   }
-  load_description(shared.description[0], a, shared.upcoming[0]);
+  load_description(shared.description[0], a, shared.upcoming[0].tile);
   __syncthreads();
-  for (int i = 0; shared.upcoming[i % kUpcoming].row >= 0; ++i) {
+  for (int i = 0; shared.upcoming[i % kUpcoming].tile.row >= 0; ++i) {
+    const int rows_at = shared.upcoming[i % kUpcoming].rows_at;
     WgmmaProducts products = {}, sums = {};
     uint32_t operand[kSteps][4], swapped[kSteps][4];
     for (int chunk = 0; chunk < a.chunks; ++chunk) {
       const int multiplied = i * a.chunks + chunk, stage = multiplied % kWgmmaStages;
       ptx::mbarrier_wait(&shared.full[stage], multiplied / kWgmmaStages);
-      start_products<Operand>(products, operand, swapped, shared.stage[stage], !kDeep && chunk > 0);
+      start_products<Operand>(products, operand, swapped, shared.rows[(rows_at + chunk) % kWgmmaStages], shared.columns[stage],
+                              !kDeep && chunk > 0);
       // While they are made: the next chunk goes where the one before was, once the last warp is through with that.
       if (leads) load_next_chunk(shared, a);
       __syncwarp();
@@ -120,7 +142,7 @@ __device__ __forceinline__ void mine_wgmma(const TileArguments& a) {
       if (lane_index() == 0) ptx::mbarrier_arrive(&shared.empty[stage]);
       if constexpr (kDeep) sums.add(products);
     }
-    const TileIndex next = shared.upcoming[(i + 1) % kUpcoming];
+    const TileIndex next = shared.upcoming[(i + 1) % kUpcoming].tile;
     if (next.row >= 0) load_description(shared.description[(i + 1) % 2], a, next);
     const int warp = int(threadIdx.x) / kWarp, lane = lane_index();
     const Corner corner{warp * 16 + lane / 4, lane % 4 * 2};

@@ -22,23 +22,37 @@ __device__ __forceinline__ T normalised(S v, const double* norms, int64_t row) {
   return norms[row] == 0 ? T(0) : T(double(widen(v)) / norms[row]);
 }
 
-// The distance of two rows by direct differences in double, by one warp. Norms are read for cosine only.
+// The distances of row a and some others by direct differences in double, by one warp, which waits for all of them at once. Norms are read
+// for cosine only.
+template <int kOthers, class S>
+__device__ __forceinline__ void distances_between(const S* a, const S* const (&others)[kOthers], int64_t depth, Distance distance,
+                                                  double norm, const double (&other_norms)[kOthers], double (&distances)[kOthers]) {
+  const bool cosine = distance == Distance::cosine;
+  // Divided, not multiplied by the inverse: so rows of one column become exactly 1 and -1.
+  const auto element = [cosine](S v, double norm) { return cosine ? double(widen(v)) / norm : double(widen(v)); };
+  double squares[kOthers] = {};
+#pragma unroll 4
+  for (int64_t k = lane_index(); k < depth; k += kWarp) {
+    const double own = element(a[k], norm);
+    for (int o = 0; o < kOthers; ++o) {
+      const double difference = own - element(others[o][k], other_norms[o]);
+      squares[o] += difference * difference;
+    }
+  }
+  for (int o = 0; o < kOthers; ++o) {
+    const double square = warp_sum(squares[o]);
+    // |a/|a| - b/|b||^2 / 2 = 1 - cos, without its cancellation for nearly parallel rows.
+    distances[o] = distance == Distance::euclidean ? std::sqrt(square) : cosine ? square / 2 : square;
+    if (cosine && (norm == 0 || other_norms[o] == 0)) distances[o] = 1;
+  }
+}
+
 template <class S>
 __device__ __forceinline__ double distance_between(const S* a, const S* b, int64_t depth, Distance distance, double norm_a,
                                                    double norm_b) {
-  const bool cosine = distance == Distance::cosine;
-  if (cosine && (norm_a == 0 || norm_b == 0)) return 1;
-  // Divided, not multiplied by the inverse: so rows of one column become exactly 1 and -1.
-  const auto element = [cosine](S v, double norm) { return cosine ? double(widen(v)) / norm : double(widen(v)); };
-  double square = 0;
-  for (int64_t k = lane_index(); k < depth; k += kWarp) {
-    const double difference = element(a[k], norm_a) - element(b[k], norm_b);
-    square += difference * difference;
-  }
-  square = warp_sum(square);
-  if (distance == Distance::euclidean) return std::sqrt(square);
-  // |a/|a| - b/|b||^2 / 2 = 1 - cos, without its cancellation for nearly parallel rows.
-  return cosine ? square / 2 : square;
+  double result[1];
+  distances_between<1, S>(a, {b}, depth, distance, norm_a, {norm_b}, result);
+  return result[0];
 }
 
 // The first position whose value is not less, by one warp: 32 probes at a time.

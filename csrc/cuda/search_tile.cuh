@@ -41,8 +41,9 @@ struct TileDescription {
 struct TileArguments {
   PackedSet rows, columns;
   int64_t row_tiles, column_tiles;
-  int64_t beside_diagonal;  // tiles that come before the squares
-  int64_t tiles;            // places of the walk, with those of squares that are no tiles
+  // The walk: tiles beside the diagonal, then those of the squares by `stretch` of a row that a block takes one after another.
+  int64_t beside_diagonal, stretches;
+  int stretch;  // 1, 2, 4 or 8
   int chunks;  // of a row of the operands
   bool self_form;
   Keys row_keys, column_keys;  // the same in the self form
@@ -65,18 +66,20 @@ __device__ __forceinline__ TileIndex triangle_index(int64_t t) {
   return {t - column * (column + 1) / 2, column};
 }
 
-// Place t of the walk; row -1 if that is over an edge, below the diagonal, or one that came before.
-__device__ __forceinline__ TileIndex tile_index(int64_t t, const TileArguments& a) {
-  if (t < a.beside_diagonal) return {t, t + 1};
-  t -= a.beside_diagonal;
-  const int64_t square = t / (kSquare * kSquare), within = t % (kSquare * kSquare);
+// Tile `step` of a stretch of the walk; row -1 if that is over an edge, below the diagonal, or one that came before.
+__device__ __forceinline__ TileIndex tile_index(int64_t stretch, int step, const TileArguments& a) {
+  if (stretch < a.beside_diagonal) return {stretch, stretch + 1};
+  stretch -= a.beside_diagonal;
+  const int64_t of_square = kSquare * kSquare / a.stretch, square = stretch / of_square, within = stretch % of_square;
   const int64_t squares_down = (a.row_tiles + kSquare - 1) / kSquare;
   const TileIndex s = a.self_form ? triangle_index(square) : TileIndex{square % squares_down, square / squares_down};
-  const TileIndex tile{s.row * kSquare + within % kSquare, s.column * kSquare + within / kSquare};
+  const TileIndex tile{s.row * kSquare + within % kSquare, s.column * kSquare + within / kSquare * a.stretch + step};
   const bool outside = tile.row >= a.row_tiles || tile.column >= a.column_tiles;
   const bool elsewhere = a.self_form && (tile.row > tile.column || tile.row + 1 == tile.column);
   return outside || elsewhere ? TileIndex{-1, -1} : tile;
 }
+
+__device__ __forceinline__ int steps_of(int64_t stretch, const TileArguments& a) { return stretch < a.beside_diagonal ? 1 : a.stretch; }
 
 // The products that a thread holds: fragments of 16 x 8 as mma leaves them, kDown x kAcross of them.
 template <int kDown, int kAcross>

@@ -82,7 +82,8 @@ __device__ __forceinline__ T anchor_loss(const TripletLoss<T>& loss, int32_t pos
 // One warp per anchor. Each block adds up its losses, and the block that is last to finish the sums of all, in an order that depends
 // on their number only.
 template <class S, class Choices>
-__global__ void __launch_bounds__(kRowThreads, kFinishBlocks<S>) finish_kernel(Batch batch, Choices choices, Triplets out, LossOptions options) {
+__global__ void __launch_bounds__(kRowThreads, kFinishBlocks<S>)
+    finish_kernel(Batch batch, Choices choices, Triplets out, LossOptions options) {
   using T = Compute<S>;
   const int64_t p = warp_index(), n = batch.anchors.count;
   const TripletLoss<T> loss{T(options.margin), options.soft};
@@ -95,14 +96,14 @@ __global__ void __launch_bounds__(kRowThreads, kFinishBlocks<S>) finish_kernel(B
     const bool valid = positive != kNobody && negative != kNobody;
     T ap = finite ? T(0) : not_a_number<T>(), an = ap;
     if (valid && d_ap) {
-      const auto distance = [&](int32_t other) {
-        const double norm = batch.anchor_norm ? batch.anchor_norm[a] : 1.0;
-        const double other_norm = batch.reference_norm ? batch.reference_norm[other] : 1.0;
-        return T(distance_between(row_of<S>(batch.anchors, a), row_of<S>(batch.references, other), batch.anchors.depth,
-                                  batch.distance, norm, other_norm));
-      };
-      ap = distance(positive);
-      an = distance(negative);
+      const auto norm = [](const double* norms, int64_t i) { return norms ? norms[i] : 1.0; };
+      double distances[2];
+      distances_between<2, S>(row_of<S>(batch.anchors, a),
+                              {row_of<S>(batch.references, positive), row_of<S>(batch.references, negative)}, batch.anchors.depth,
+                              batch.distance, norm(batch.anchor_norm, a),
+                              {norm(batch.reference_norm, positive), norm(batch.reference_norm, negative)}, distances);
+      ap = T(distances[0]);
+      an = T(distances[1]);
     }
     if (lane_index() == 0) {
       out.positives[a] = valid ? positive : -1;
@@ -156,15 +157,17 @@ __global__ void __launch_bounds__(kRowThreads, kFinishBlocks<S>) finish_kernel(B
 
 // ---- gradient ----
 
-// Counts the anchors that the sum of losses was divided by; and makes the gradient NaN where the distances are, or where indices
-// that no forward pass has written would lead out of the matrix.
+// Lays the choices end to end; counts the anchors that the sum of losses was divided by; and makes the gradient NaN where the distances
+// are, or where indices that no forward pass has written would lead out of the matrix.
 template <class T>
-__global__ void count_kernel(LossGradient g, LossOptions options) {
+__global__ void lay_choices_kernel(LossGradient g, LossOptions options) {
   const int64_t a = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const bool inside = a < g.batch.anchors.count;
   bool counts = false;
   if (inside) {
     const int32_t positive = g.positives[a], negative = g.negatives[a];
+    g.choices[a] = positive;
+    g.choices[g.batch.anchors.count + a] = negative;
     const T d_ap = static_cast<const T*>(g.d_ap)[a], d_an = static_cast<const T*>(g.d_an)[a];
     const auto chosen = [&](int32_t index) { return index >= 0 && index < g.batch.references.count; };
     const bool valid = chosen(positive) && chosen(negative);
@@ -173,7 +176,7 @@ __global__ void count_kernel(LossGradient g, LossOptions options) {
     counts = valid && (options.reduction != Reduction::mean_nonzero || loss.value(d_ap, d_an) > 0);
   }
   const unsigned counted = __ballot_sync(kAllLanes, counts);
-  if (lane_index() == 0 && counted != 0) atomicAdd(g.count, (unsigned long long)__popc(counted));
+  if (lane_index() == 0 && counted != 0) atomicAdd(&g.batch.flags->counted, uint32_t(__popc(counted)));
 }
 
 // What every row needs to know of the anchors: where the choices of each row begin, and what each anchor's triplet weighs:
@@ -183,7 +186,8 @@ __global__ void prepare_kernel(LossGradient g, LossOptions options) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, anchors = g.batch.anchors.count;
   if (i < anchors) {
     const bool divided = options.reduction == Reduction::mean || options.reduction == Reduction::mean_nonzero;
-    const T scale = divided && *g.count > 0 ? 1 / T(*g.count) : T(1);
+    const uint32_t counted = g.batch.flags->counted;
+    const T scale = divided && counted > 0 ? 1 / T(counted) : T(1);
     const TripletLoss<T> loss{T(options.margin), options.soft};
     const T incoming = static_cast<const T*>(g.grad_loss)[options.reduction == Reduction::none ? i : 0];
     const T slope = loss.derivative(static_cast<const T*>(g.d_ap)[i], static_cast<const T*>(g.d_an)[i]);
@@ -221,65 +225,87 @@ struct RowGradient {
     norm = norms ? norms[i] : 0;
   }
 
+  // This lane's elements of another row. Rows that are wanted one after the other are best read together: a warp waits for what it reads.
+  struct Other {
+    int32_t index;
+    T element[kGradientRun];
+  };
+  __device__ __forceinline__ Other read(const Rows& rows, int32_t i) const {
+    Other other{i, {}};
+    for (int e = 0; e < kGradientRun; ++e) other.element[e] = element(row_of<S>(rows, i), e);
+    return other;
+  }
+
   // sum += coefficient * (derivative of d(row, other) by row).
-  __device__ __forceinline__ void add(const S* other, double other_norm, T d, T coefficient) {
+  __device__ __forceinline__ void add(const Other& other, const double* norms, T d, T coefficient) {
     if (g.batch.distance == Distance::cosine) {
       // (cos * u/|u| - other/|other|) / |u|, 0 for a zero row; cos = 1 - d.
       if (norm == 0) return;
       const double on_row = double(coefficient) * (1 - double(d)) / norm / norm;
+      const double other_norm = norms[other.index];
       const double on_other = other_norm == 0 ? 0 : double(coefficient) / norm / other_norm;
-      for (int e = 0; e < kGradientRun; ++e) sum[e] += T(on_row * double(row[e]) - on_other * double(element(other, e)));
+      for (int e = 0; e < kGradientRun; ++e) sum[e] += T(on_row * double(row[e]) - on_other * double(other.element[e]));
       return;
     }
     // Euclidean: (u - other) / d, taken as 0 at d = 0.
     const T factor = g.batch.distance == Distance::sqeuclidean ? 2 * coefficient : d > 0 ? coefficient / d : d == 0 ? T(0) : d;
     if (factor == 0) return;
-    for (int e = 0; e < kGradientRun; ++e) sum[e] += factor * (row[e] - element(other, e));
+    for (int e = 0; e < kGradientRun; ++e) sum[e] += factor * (row[e] - other.element[e]);
   }
 
   // What anchor a's own triplet contributes to its row.
   __device__ __forceinline__ void add_own(int64_t a) {
     const T c = static_cast<const T*>(g.coefficients)[a];
+    const T d_ap = static_cast<const T*>(g.d_ap)[a], d_an = static_cast<const T*>(g.d_an)[a];
+    const int32_t positive = g.positives[a], negative = g.negatives[a];
     if (c == 0) return;
-    const auto one = [&](int32_t other, T d, T c) {
-      add(row_of<S>(g.batch.references, other), g.batch.reference_norm ? g.batch.reference_norm[other] : 0, d, c);
-    };
-    one(g.positives[a], static_cast<const T*>(g.d_ap)[a], c);
-    one(g.negatives[a], static_cast<const T*>(g.d_an)[a], -c);
+    const Other others[2] = {read(g.batch.references, positive), read(g.batch.references, negative)};
+    add(others[0], g.batch.reference_norm, d_ap, c);
+    add(others[1], g.batch.reference_norm, d_an, -c);
   }
 
   // What those contribute who chose the row: choices begin, begin + step, ... before end. Lanes look one up each, so that rows are all
-  // that is waited for one after another.
-  __device__ __forceinline__ void add_choices(int64_t begin, int64_t end, int64_t step) {
-    const int64_t anchors = g.batch.anchors.count;
-    for (int64_t first = begin; first < end; first += kWarp * step) {
-      const int64_t own = first + lane_index() * step, left = (end - first + step - 1) / step;
-      int32_t anchor = 0;
+  // that is waited for one after another, and two of them at once.
+  __device__ __forceinline__ void add_choices(uint32_t begin, uint32_t end, uint32_t step) {
+    const uint32_t anchors = uint32_t(g.batch.anchors.count);
+    for (uint32_t first = begin; first < end; first += kWarp * step) {
+      const uint32_t own = first + uint32_t(lane_index()) * step, left = (end - first + step - 1) / step;
+      uint32_t anchor = 0;
       T d = 0, coefficient = 0;
       if (own < end) {
-        const int64_t entry = g.choice_order[own];
+        const uint32_t entry = uint32_t(g.choice_order[own]);
         const bool as_negative = entry >= anchors;
-        anchor = int32_t(as_negative ? entry - anchors : entry);
+        anchor = as_negative ? entry - anchors : entry;
         d = static_cast<const T*>(as_negative ? g.d_an : g.d_ap)[anchor];
         coefficient = static_cast<const T*>(g.coefficients)[anchor];
         if (as_negative) coefficient = -coefficient;
       }
-      for (int l = 0; l < kWarp && l < left; ++l) {
-        const int32_t a = __shfl_sync(kAllLanes, anchor, l);
-        const T d_of_a = __shfl_sync(kAllLanes, d, l), c = __shfl_sync(kAllLanes, coefficient, l);
-        if (c != 0) add(row_of<S>(g.batch.anchors, a), g.batch.anchor_norm ? g.batch.anchor_norm[a] : 0, d_of_a, c);
+      for (uint32_t l = 0; l < kWarp && l < left; l += 2) {
+        Other others[2] = {};
+        T c[2];
+#pragma unroll
+        for (int o = 0; o < 2; ++o) {
+          const int32_t a = __shfl_sync(kAllLanes, int32_t(anchor), l + o);
+          c[o] = __shfl_sync(kAllLanes, coefficient, l + o);
+          if (c[o] != 0) others[o] = read(g.batch.anchors, a);
+        }
+#pragma unroll
+        for (int o = 0; o < 2; ++o) {
+          const T d_of_a = __shfl_sync(kAllLanes, d, l + o);
+          if (c[o] != 0) add(others[o], g.batch.anchor_norm, d_of_a, c[o]);
+        }
       }
     }
   }
 };
 
 struct GradientShared {
-  int64_t begin[kRowWarps], end[kRowWarps];
+  uint32_t begin[kRowWarps], end[kRowWarps];
   double partial[kRowWarps][kGradientColumns];
 };
 
 // Rows chosen more often than this are added up by the whole block.
-constexpr int64_t kManyChoices = 64;
+constexpr uint32_t kManyChoices = 64;
 
 // Blocks on a multiprocessor at least: warps wait for rows, and only others hide that.
 template <class S>
@@ -301,15 +327,15 @@ __global__ void __launch_bounds__(kRowThreads, kGradientBlocks<S>)
   const bool finite = g.batch.flags->not_finite == 0;
   RowGradient<S> own(g, first_column);
 
-  int64_t begin = 0, end = 0;
+  uint32_t begin = 0, end = 0;
   if (i < rows && finite) {
-    own.take(of, norms, i);
-    if (kOwn) own.add_own(i);
     if (kChosen) {
       begin = g.first_choice[i];
       end = g.first_choice[i + 1];
-      if (end - begin <= kManyChoices) own.add_choices(begin, end, 1);
     }
+    own.take(of, norms, i);
+    if (kOwn) own.add_own(i);
+    if (kChosen && end - begin <= kManyChoices) own.add_choices(begin, end, 1);
   }
   if (kChosen) {
     if (lane_index() == 0) {

@@ -8,9 +8,11 @@
 
 __global__ void walk_kernel(TileArguments a, int32_t* visits) {
   const int64_t t = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (t >= a.tiles) return;
-  const TileIndex tile = tile_index(t, a);
-  if (tile.row >= 0) atomicAdd(&visits[tile.row * a.column_tiles + tile.column], 1);
+  if (t >= a.stretches) return;
+  for (int step = 0; step < steps_of(t, a); ++step) {
+    const TileIndex tile = tile_index(t, step, a);
+    if (tile.row >= 0) atomicAdd(&visits[tile.row * a.column_tiles + tile.column], 1);
+  }
 }
 
 namespace {
@@ -55,7 +57,7 @@ void check_batch_hard(const std::string& name, int64_t n, int64_t m, int64_t dep
     const int slices = centre_slices(std::max(n, references.count));
     Buffer<double> sums(2 * slices * depth);
     Buffer<float> centre(depth);
-    Buffer<unsigned long long> keys(2 * padded_rows(n), 0);
+    Buffer<unsigned long long> keys(2 * padded_rows(n));
     TileMining mining = {};
     mining.by_wgmma = how == Mining::wgmma;
     mining.anchors = sorted.view();
@@ -110,14 +112,6 @@ void check_batch_hard(const std::string& name, int64_t n, int64_t m, int64_t dep
   Buffer<S> grad(n * depth), grad_references(references.count * depth);
   Buffer<T> grad_loss(1);
   grad_loss[0] = T(1);
-  Buffer<unsigned long long> count(1, 0);
-  std::vector<std::pair<int32_t, int64_t>> choices;
-  for (int64_t a = 0; a < n; ++a) choices.push_back({positives[a], a});
-  for (int64_t a = 0; a < n; ++a) choices.push_back({negatives[a], n + a});
-  std::sort(choices.begin(), choices.end());
-  Buffer<int32_t> sorted_choices(2 * n);
-  Buffer<int64_t> order(2 * n);
-  for (int64_t u = 0; u < 2 * n; ++u) sorted_choices[u] = choices[u].first, order[u] = choices[u].second;
   LossGradient g = {};
   g.batch = batch;
   g.positives = positives;
@@ -125,13 +119,20 @@ void check_batch_hard(const std::string& name, int64_t n, int64_t m, int64_t dep
   g.d_ap = d_ap;
   g.d_an = d_an;
   g.grad_loss = grad_loss;
+  Buffer<int32_t> choices(2 * n), sorted_choices(2 * n);
+  Buffer<int64_t> order(2 * n);
+  g.choices = choices;
+  lay_choices(g, options, nullptr);
+  synchronize();
+  std::iota(&order[0], &order[0] + 2 * n, 0);
+  std::stable_sort(&order[0], &order[0] + 2 * n, [&](int64_t a, int64_t b) { return choices[a] < choices[b]; });
+  for (int64_t u = 0; u < 2 * n; ++u) sorted_choices[u] = choices[order[u]];
   Buffer<int32_t> first_choice(references.count + 1);
   Buffer<T> coefficients(n);
   g.sorted_choices = sorted_choices;
   g.choice_order = order;
   g.first_choice = first_choice;
   g.coefficients = coefficients;
-  g.count = count;
   g.grad = grad;
   g.grad_references = grad_references;
   triplet_gradient(g, options, nullptr);
@@ -201,7 +202,7 @@ void check_extremes(const std::string& name, int64_t n, int64_t m, int64_t depth
   const bool centred = batch.storage == Storage::float32;
   Buffer<float> centre(depth), half_norms(n);
   for (int64_t k = 0; k < depth; ++k) centre[k] = 0.25f;
-  Buffer<unsigned long long> keys(2 * padded_rows(n), 0), reference_keys(2 * padded_rows(m), 0);
+  Buffer<unsigned long long> keys(2 * padded_rows(n)), reference_keys(2 * padded_rows(m));
   TileMining mining = {};
   mining.by_wgmma = how == Mining::wgmma;
   mining.anchors = sorted.view();
@@ -227,34 +228,37 @@ void check_extremes(const std::string& name, int64_t n, int64_t m, int64_t depth
 void check_walk() {
   if (!wanted("walk")) return;
   for (const auto [down, across] : {std::pair{1, 1}, {2, 2}, {8, 8}, {9, 9}, {31, 31}, {3, 20}, {20, 3}, {17, 1}}) {
-    TileArguments a = {};
-    a.row_tiles = down;
-    a.column_tiles = across;
-    a.self_form = down == across;
-    plan_walk(a);
-    Buffer<int32_t> visits(down * across, 0);
-    launch(walk_kernel, blocks_for(a.tiles, 32), 32, 0, nullptr, a, &visits[0]);
-    synchronize();
-    bool right = true;
-    for (int r = 0; r < down; ++r)
-      for (int c = 0; c < across; ++c) right &= visits[r * across + c] == (!a.self_form || r <= c);
-    expect(right, "walk over " + std::to_string(down) + " x " + std::to_string(across) + " tiles");
+    for (const int stretch : {1, 2, 8}) {
+      TileArguments a = {};
+      a.row_tiles = down;
+      a.column_tiles = across;
+      a.self_form = down == across;
+      plan_walk(a, stretch);
+      Buffer<int32_t> visits(down * across, 0);
+      launch(walk_kernel, blocks_for(a.stretches, 32), 32, 0, nullptr, a, &visits[0]);
+      synchronize();
+      bool right = true;
+      for (int r = 0; r < down; ++r)
+        for (int c = 0; c < across; ++c) right &= visits[r * across + c] == (!a.self_form || r <= c);
+      expect(right, "walk over " + std::to_string(down) + " x " + std::to_string(across) + " tiles by " + std::to_string(stretch));
+    }
   }
 }
 
 // Stable, also of the least and the largest number there is.
 void check_sort(std::mt19937& random) {
   if (!wanted("sort")) return;
-  for (const auto [count, labels] : {std::pair{1, 1}, {255, 3}, {257, 1000}, {1300, 40}, {1100, 1}}) {
+  for (const auto [count, labels] : {std::pair{1, 1}, {255, 3}, {257, 1000}, {1300, 40}, {1100, 1}, {17000, 300}}) {
     Buffer<int64_t> label(count), order(count), sorted(count);
-    Buffer<int32_t> ranks(count, 0);
+    Buffer<int64_t> of_runs(count);
+    Buffer<int32_t> order_of_runs(count);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t l = int64_t(random() % unsigned(labels)) - labels / 2;
       label[i] = i > 600 ? l : l * (int64_t(1) << 33);  // blocks with and without numbers of more than 32 bits
       if (i < 600 && i % 7 == 0) label[i] = std::numeric_limits<int64_t>::min();
       if (i < 600 && i % 7 == 1) label[i] = std::numeric_limits<int64_t>::max();
     }
-    sort_by_rank(&label[0], count, &ranks[0], &sorted[0], &order[0], nullptr);
+    sort_by_rank(&label[0], count, {of_runs, order_of_runs}, &sorted[0], &order[0], nullptr);
     synchronize();
     std::vector<int64_t> exact(count);
     std::iota(exact.begin(), exact.end(), 0);
@@ -278,6 +282,7 @@ void check_storage(const std::string& type, std::mt19937& random) {
       check_batch_hard<S>(tiles + ", two heaps", 140, 0, 20, 40, how, random, 1e3);
       check_batch_hard<S>(tiles + ", one label", 130, 0, 70, 1, how, random);
       check_batch_hard<S>(tiles + ", references", 40, 270, 390, 12, how, random);
+      if (how == Mining::wgmma) check_batch_hard<S>(tiles + ", rows that stay", 270, 1000, 70, 300, how, random);
       check_extremes<S>(tiles + ", extremes", 150, 0, 40, 60, how, random);
       check_extremes<S>(tiles + ", extremes of both sides", 140, 270, 70, 90, how, random);
     }
