@@ -408,6 +408,22 @@ def test_a_row_that_everybody_chooses(distance):
     assert_gradients_agree(x.grad, exact.grad, TOLERANCE[torch.float32])
 
 
+@by_distance
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_tensors_that_a_call_makes_take_at_most_64_bytes_a_row(dtype, distance):
+    """Beyond the gradient or, before there is one, a packed copy of the input."""
+    n, d = 1024, 32
+    x, labels = torch.randn(n, d).to(dtype).requires_grad_(), balanced_labels(n, 4)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+        (gradient,) = torch.autograd.grad(batch_hard_triplet_loss(x, labels, distance=distance), x)
+    changes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    peak = max(itertools.accumulate(changes))
+    packed = n * 128  # float32 on the CPU, chunks of 128 bytes on CUDA
+    assert gradient.nbytes <= peak <= packed + 64 * n + 4096
+    assert sum(changes) == gradient.nbytes
+
+
 def test_unused_reference_labels_in_the_self_form():
     x, labels = torch.randn(9, 2), torch.arange(9) // 3
     assert torch.equal(batch_hard_triplet_loss(x, labels, x, labels), batch_hard_triplet_loss(x, labels))

@@ -70,20 +70,20 @@ void launch_sort(const T* numbers, int64_t count, const Runs<T>& room, T* sorted
   launch(merge_runs_kernel<T>, blocks_for(count, kWarp), kMergeThreads, sizeof(MergeShared), stream, room, int(count), sorted, order);
 }
 
-// The walk by stretches of so many tiles.
-void plan_walk(TileArguments& a, int stretch) {
+// The walk by stretches of 2^bits tiles.
+void plan_walk(TileArguments& a, int bits) {
   const int64_t down = blocks_for(a.row_tiles, kSquare), across = blocks_for(a.column_tiles, kSquare);
   a.beside_diagonal = a.self_form ? a.row_tiles - 1 : 0;
-  a.stretch = stretch;
-  a.stretches = a.beside_diagonal + (a.self_form ? down * (down + 1) / 2 : down * across) * kSquare * kSquare / stretch;
+  a.stretch_bits = bits;
+  a.stretches = a.beside_diagonal + ((a.self_form ? down * (down + 1) / 2 : down * across) << (2 * kSquareBits - bits));
 }
 
-// As long as can be, if every one of so many blocks is to have three.
-int longest_stretch(const TileArguments& a, int64_t blocks) {
+// The longest stretches of which every one of so many blocks has some six: with fewer, some would have much more to do than others.
+int stretch_bits(const TileArguments& a, int64_t blocks) {
   const int64_t tiles = a.self_form ? a.row_tiles * (a.row_tiles + 1) / 2 : a.row_tiles * a.column_tiles;
-  int stretch = 1;
-  while (stretch < kSquare && tiles >= 3 * 2 * stretch * blocks) stretch *= 2;
-  return stretch;
+  int bits = 0;
+  while (bits < kSquareBits && tiles >= 6 * blocks << (bits + 1)) ++bits;
+  return bits;
 }
 
 template <class Operand>
@@ -100,11 +100,13 @@ void mine_packed(const Batch& batch, const TileMining& mining, void* stream) {
   const auto run_kind = [&](auto deep) {
     constexpr bool kDeep = decltype(deep)::value;
     if (mining.by_wgmma) {
-      const int64_t at_once = multiprocessors() * kBlocksAtOnce<kDeep>;
-      plan_walk(a, longest_stretch(a, at_once));
+      int64_t at_once = multiprocessors() * kBlocksAtOnce<kDeep>;
+      // Of squares with few rows, every other block of an even number of them would find none.
+      if (!a.self_form && a.row_tiles < kSquare) at_once = (at_once - 1) | 1;
+      plan_walk(a, a.chunks <= kWgmmaStages ? stretch_bits(a, at_once) : 0);
       launch(mine_wgmma_kernel<Operand, kDeep>, std::min(a.stretches, at_once), kTileThreads, sizeof(WgmmaShared), stream, a);
     } else {
-      plan_walk(a, 1);
+      plan_walk(a, 0);
       for (int64_t first = 0; first < a.stretches; first += kMostBlocks) {
         const int64_t blocks = std::min(a.stretches - first, kMostBlocks);
         launch(mine_mma_kernel<Operand, kDeep>, blocks, kTileThreads, sizeof(MmaShared), stream, a, first);

@@ -73,7 +73,7 @@ void sort_by_rank(const int32_t* numbers, int64_t count, Runs<int32_t> room, int
 
 struct Centre {
   int slices;    // that rows are summed in
-  double* sums;  // [2][slices][depth]
+  double* sums;  // [2][slices][depth], in the self form [1][slices][depth]
   float* at;     // [depth]
 };
 int centre_slices(int64_t rows);

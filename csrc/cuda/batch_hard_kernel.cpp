@@ -107,10 +107,11 @@ void search_direct(const OwnedBatch& b, const Batch& batch, void* stream, Finish
   finish(found);
 }
 
-void mine_and_finish_direct(const OwnedBatch& b, const Triplets& out, const LossOptions& options, void* stream) {
+template <class Make>
+void mine_and_finish_direct(const OwnedBatch& b, Make make, const LossOptions& options, void* stream) {
   search_direct(b, b.view, stream, [&](const DirectFound& found) {
     const Stage stage("recompute");
-    finish_direct(b.view, found, out, options, stream);
+    finish_direct(b.view, found, make(), options, stream);
   });
 }
 
@@ -152,6 +153,7 @@ void search_tiles(const OwnedBatch& b, bool by_wgmma, const OptionalTensor& cent
     set->order.reset();
     set->sorted_labels.reset();
   }
+  own_centre = {};
   {
     const Stage stage("tiles");
     mine_tiles(b.view, m, stream);
@@ -159,24 +161,27 @@ void search_tiles(const OwnedBatch& b, bool by_wgmma, const OptionalTensor& cent
   finish(m);
 }
 
-void mine_and_finish_tiles(const OwnedBatch& b, bool by_wgmma, const Triplets& out, const LossOptions& options, void* stream) {
+template <class Make>
+void mine_and_finish_tiles(const OwnedBatch& b, bool by_wgmma, Make make, const LossOptions& options, void* stream) {
   search_tiles(b, by_wgmma, std::nullopt, false, stream, [&](const TileMining& mining) {
     const Stage stage("recompute");
-    finish_tiles(b.view, mining, out, options, stream);
+    finish_tiles(b.view, mining, make(), options, stream);
   });
 }
 
-void mine_and_finish(const OwnedBatch& b, const Triplets& out, const LossOptions& options) {
+// make() allocates the results: only once what packing needs is no longer there.
+template <class Make>
+void mine_and_finish(const OwnedBatch& b, Make make, const LossOptions& options) {
   void* stream = current_stream(b.x);
   const int64_t anchors = b.x.size(0), references = b.ref.size(0);
   const bool empty = anchors == 0 || references == 0;
   if (b.view.distance == Distance::cosine || empty) row_norms(b.view, stream);
-  if (empty) return finish_direct(b.view, {0, nullptr, nullptr}, out, options, stream);  // nobody to choose
+  if (empty) return finish_direct(b.view, {0, nullptr, nullptr}, make(), options, stream);  // nobody to choose
   const Mining mining = mining_for(b.x, b.ref);
   if (mining == Mining::direct) {
-    mine_and_finish_direct(b, out, options, stream);
+    mine_and_finish_direct(b, make, options, stream);
   } else {
-    mine_and_finish_tiles(b, mining == Mining::wgmma, out, options, stream);
+    mine_and_finish_tiles(b, mining == Mining::wgmma, make, options, stream);
   }
 }
 
@@ -187,9 +192,9 @@ std::tuple<at::Tensor, at::Tensor> batch_hard_mine(const at::Tensor& embeddings,
   check_batch(function, embeddings, labels, ref_embeddings, ref_labels);
   const c10::DeviceGuard guard(embeddings.device());
   const OwnedBatch b = own(embeddings, labels, ref_embeddings, ref_labels, distance_from(function, distance));
-  const MinedTriplets mined(b);
-  mine_and_finish(b, mined.view, {0, false, Reduction::none});
-  return {mined.positives, mined.negatives};
+  std::optional<MinedTriplets> mined;
+  mine_and_finish(b, [&] { return mined.emplace(b).view; }, {0, false, Reduction::none});
+  return {mined->positives, mined->negatives};
 }
 
 MinedLoss batch_hard_triplet_loss(const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& ref_embeddings,
@@ -201,9 +206,9 @@ MinedLoss batch_hard_triplet_loss(const at::Tensor& embeddings, const at::Tensor
   const LossOptions options{margin, soft, reduction_from(function, reduction)};
   const c10::DeviceGuard guard(embeddings.device());
   const OwnedBatch b = own(embeddings, labels, ref_embeddings, ref_labels, d);
-  const MinedTriplets mined(b, options.reduction);
-  mine_and_finish(b, mined.view, options);
-  return mined.result();
+  std::optional<MinedTriplets> mined;
+  mine_and_finish(b, [&] { return mined.emplace(b, options.reduction).view; }, options);
+  return mined->result();
 }
 
 // What the op returns of one side.

@@ -59,8 +59,8 @@ __device__ __forceinline__ void add_upcoming(WgmmaShared& shared, const TileArgu
   shared.upcoming[i % kUpcoming] = next;
 }
 
-// Goes where columns were that all have read, by which nobody needs the rows any more that stood where new ones go: if these have less
-// chunks than there are stages, what stood there belonged to the rows before the last.
+// Goes where columns were that all have read. With them all have read the rows that stood where new ones go, the third of their chunks
+// before: these were last read together with the third chunk of columns before, or earlier.
 __device__ __forceinline__ void load_next_chunk(WgmmaShared& shared, const TileArguments& a) {
   const Upcoming& next = shared.upcoming[shared.loading % kUpcoming];
   if (next.tile.row < 0) return;

@@ -61,7 +61,7 @@ struct OwnedCentre {
 
   Centre make(const OwnedBatch& b) {
     const int slices = centre_slices(std::max(b.x.size(0), b.ref.size(0)));
-    sums = at::empty({2, slices, b.x.size(1)}, b.x.options().dtype(at::kDouble));
+    sums = at::empty({b.view.self_form ? 1 : 2, slices, b.x.size(1)}, b.x.options().dtype(at::kDouble));
     mean = at::empty({b.x.size(1)}, b.x.options().dtype(at::kFloat));
     return {slices, sums.mutable_data_ptr<double>(), mean.mutable_data_ptr<float>()};
   }

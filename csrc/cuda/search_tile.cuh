@@ -41,9 +41,10 @@ struct TileDescription {
 struct TileArguments {
   PackedSet rows, columns;
   int64_t row_tiles, column_tiles;
-  // The walk: tiles beside the diagonal, then those of the squares by `stretch` of a row that a block takes one after another.
+  // The walk: tiles beside the diagonal, then those of the squares by stretches of a row, 2^stretch_bits tiles that a block takes one
+  // after another.
   int64_t beside_diagonal, stretches;
-  int stretch;  // 1, 2, 4 or 8
+  int stretch_bits;
   int chunks;  // of a row of the operands
   bool self_form;
   Keys row_keys, column_keys;  // the same in the self form
@@ -52,7 +53,8 @@ struct TileArguments {
 // Tiles are walked in squares, so that the blocks that run together share what is in L2. In the self form those beside the diagonal come
 // before: they tell every row and column how good a value has to be. Where nothing is known all values are better, and a tile takes
 // several times as long; without these half of the tiles would begin so at N=16,384.
-constexpr int64_t kSquare = 8;
+constexpr int kSquareBits = 3;
+constexpr int64_t kSquare = 1 << kSquareBits;
 
 struct TileIndex {
   int64_t row, column;
@@ -70,16 +72,19 @@ __device__ __forceinline__ TileIndex triangle_index(int64_t t) {
 __device__ __forceinline__ TileIndex tile_index(int64_t stretch, int step, const TileArguments& a) {
   if (stretch < a.beside_diagonal) return {stretch, stretch + 1};
   stretch -= a.beside_diagonal;
-  const int64_t of_square = kSquare * kSquare / a.stretch, square = stretch / of_square, within = stretch % of_square;
+  const int of_square = 2 * kSquareBits - a.stretch_bits;  // a logarithm: nothing here is worth a division
+  const int64_t square = stretch >> of_square, within = stretch & ((int64_t(1) << of_square) - 1);
   const int64_t squares_down = (a.row_tiles + kSquare - 1) / kSquare;
   const TileIndex s = a.self_form ? triangle_index(square) : TileIndex{square % squares_down, square / squares_down};
-  const TileIndex tile{s.row * kSquare + within % kSquare, s.column * kSquare + within / kSquare * a.stretch + step};
+  const TileIndex tile{s.row * kSquare + within % kSquare, s.column * kSquare + (within / kSquare << a.stretch_bits) + step};
   const bool outside = tile.row >= a.row_tiles || tile.column >= a.column_tiles;
   const bool elsewhere = a.self_form && (tile.row > tile.column || tile.row + 1 == tile.column);
   return outside || elsewhere ? TileIndex{-1, -1} : tile;
 }
 
-__device__ __forceinline__ int steps_of(int64_t stretch, const TileArguments& a) { return stretch < a.beside_diagonal ? 1 : a.stretch; }
+__device__ __forceinline__ int steps_of(int64_t stretch, const TileArguments& a) {
+  return stretch < a.beside_diagonal ? 1 : 1 << a.stretch_bits;
+}
 
 // The products that a thread holds: fragments of 16 x 8 as mma leaves them, kDown x kAcross of them.
 template <int kDown, int kAcross>

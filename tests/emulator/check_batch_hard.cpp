@@ -228,19 +228,19 @@ void check_extremes(const std::string& name, int64_t n, int64_t m, int64_t depth
 void check_walk() {
   if (!wanted("walk")) return;
   for (const auto [down, across] : {std::pair{1, 1}, {2, 2}, {8, 8}, {9, 9}, {31, 31}, {3, 20}, {20, 3}, {17, 1}}) {
-    for (const int stretch : {1, 2, 8}) {
+    for (const int bits : {0, 1, 2, 3}) {
       TileArguments a = {};
       a.row_tiles = down;
       a.column_tiles = across;
       a.self_form = down == across;
-      plan_walk(a, stretch);
+      plan_walk(a, bits);
       Buffer<int32_t> visits(down * across, 0);
       launch(walk_kernel, blocks_for(a.stretches, 32), 32, 0, nullptr, a, &visits[0]);
       synchronize();
       bool right = true;
       for (int r = 0; r < down; ++r)
         for (int c = 0; c < across; ++c) right &= visits[r * across + c] == (!a.self_form || r <= c);
-      expect(right, "walk over " + std::to_string(down) + " x " + std::to_string(across) + " tiles by " + std::to_string(stretch));
+      expect(right, "walk over " + std::to_string(down) + " x " + std::to_string(across) + " tiles by " + std::to_string(1 << bits));
     }
   }
 }
@@ -282,9 +282,11 @@ void check_storage(const std::string& type, std::mt19937& random) {
       check_batch_hard<S>(tiles + ", two heaps", 140, 0, 20, 40, how, random, 1e3);
       check_batch_hard<S>(tiles + ", one label", 130, 0, 70, 1, how, random);
       check_batch_hard<S>(tiles + ", references", 40, 270, 390, 12, how, random);
-      if (how == Mining::wgmma) check_batch_hard<S>(tiles + ", rows that stay", 270, 1000, 70, 300, how, random);
       check_extremes<S>(tiles + ", extremes", 150, 0, 40, 60, how, random);
       check_extremes<S>(tiles + ", extremes of both sides", 140, 270, 70, 90, how, random);
+      if (how != Mining::wgmma) continue;
+      check_batch_hard<S>(tiles + ", rows that stay", 270, 600, 70, 300, how, random);
+      check_batch_hard<S>(tiles + ", rows of one chunk that stay", 500, 300, 30, 300, how, random);
     }
   }
 }
