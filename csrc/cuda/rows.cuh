@@ -28,16 +28,21 @@ template <int kOthers, class S>
 __device__ __forceinline__ void distances_between(const S* a, const S* const (&others)[kOthers], int64_t depth, Distance distance,
                                                   double norm, const double (&other_norms)[kOthers], double (&distances)[kOthers]) {
   const bool cosine = distance == Distance::cosine;
-  // Divided, not multiplied by the inverse: so rows of one column become exactly 1 and -1.
-  const auto element = [cosine](S v, double norm) { return cosine ? double(widen(v)) / norm : double(widen(v)); };
   double squares[kOthers] = {};
-#pragma unroll 4
-  for (int64_t k = lane_index(); k < depth; k += kWarp) {
+  const auto add = [&](int64_t k, auto element) {
     const double own = element(a[k], norm);
     for (int o = 0; o < kOthers; ++o) {
       const double difference = own - element(others[o][k], other_norms[o]);
       squares[o] += difference * difference;
     }
+  };
+  if (cosine) {
+    // Divided, not multiplied by the inverse: so rows of one column become exactly 1 and -1.
+#pragma unroll 1
+    for (int64_t k = lane_index(); k < depth; k += kWarp) add(k, [](S v, double norm) { return double(widen(v)) / norm; });
+  } else {
+#pragma unroll 4
+    for (int64_t k = lane_index(); k < depth; k += kWarp) add(k, [](S v, double) { return double(widen(v)); });
   }
   for (int o = 0; o < kOthers; ++o) {
     const double square = warp_sum(squares[o]);
