@@ -24,8 +24,9 @@ namespace deepsim::cuda {
 namespace {
 
 // Up to so many differences (anchors x references x columns) they are all searched, in two launches; beyond, tiles are faster in spite
-// of the ten launches more of packing, sorting and centring. Measured on an H200 (benchmarks/results/gpu.md, forward in ms, direct and
-// by wgmma): 2^29 differences, N=2048 D=128: 0.083 and 0.165; 2^30, N=4096 D=64: 0.163 and 0.127; 2^31, N=2048 D=512: 0.276 and 0.184.
+// of the six launches more of packing, sorting and centring. Measured on an H200 when there were ten (benchmarks/results/gpu.md, forward
+// in ms, direct and by wgmma): 2^29 differences, N=2048 D=128: 0.083 and 0.165; 2^30, N=4096 D=64: 0.163 and 0.127; 2^31, N=2048 D=512:
+// 0.276 and 0.184.
 constexpr int64_t kMostDirectDifferences = int64_t(1) << 29;
 constexpr int64_t kFewestDirectRows = 1024;
 
