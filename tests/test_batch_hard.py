@@ -410,8 +410,10 @@ def test_a_row_that_everybody_chooses(distance):
 
 @by_distance
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_tensors_that_a_call_makes_take_at_most_64_bytes_a_row(dtype, distance):
+def test_tensors_that_a_call_makes_take_at_most_64_bytes_a_row(dtype, distance, monkeypatch):
     """Beyond the gradient or, before there is one, a packed copy of the input."""
+    # So few rows CUDA would search by differences, with a few hundred KiB that do not grow with the batch.
+    monkeypatch.setenv("DEEPSIM_CUDA_MINING", "mma")
     n, d = 1024, 32
     x, labels = torch.randn(n, d).to(dtype).requires_grad_(), balanced_labels(n, 4)
     activities = [torch.profiler.ProfilerActivity.CPU]
