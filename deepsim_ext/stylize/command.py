@@ -8,8 +8,7 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import TextIO
@@ -17,6 +16,7 @@ from typing import TextIO
 import torch
 
 from .._files import write_beside
+from .._stop import stop_between_steps
 from ..presets import style_preset
 from ..vgg import POOLINGS
 from .driver import Record, Transfer, transfer_of
@@ -144,7 +144,7 @@ def _run(args: argparse.Namespace) -> int:
         _load(transfer, state)
     with ExitStack() as stack:
         log = stack.enter_context(args.log.open("a" if args.resume else "w")) if args.log else None
-        stopped = stack.enter_context(_stop_between_steps())
+        stopped = stack.enter_context(stop_between_steps(signal.SIGINT))
         progress = stack.enter_context(
             tqdm(total=transfer.steps, initial=len(transfer.records), unit="step", disable=None)
         )
@@ -222,22 +222,6 @@ def _load(transfer: Transfer, path: Path) -> None:
         transfer.load_state_dict(state)
     except Exception as problem:  # broken files come with errors of every kind
         raise ValueError(f"--resume: {path}: {problem}") from None
-
-
-@contextmanager
-def _stop_between_steps() -> Iterator[Callable[[], bool]]:
-    """Holds Ctrl-C back, and says whether it came; a second one is not held back."""
-    came = []
-
-    def note(number: int, frame: object) -> None:
-        came.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: bool(came)
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 # ---- what is seen ------------------------------------------------------------------------------------------

@@ -164,16 +164,36 @@ def test_it_goes_on_from_the_last_whole_checkpoint(tmp_path, monkeypatch, at_ste
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_cleanly(tmp_path, at_step, capsys, number):
-    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
-    at_step(7, lambda: os.kill(os.getpid(), number))
+@pytest.mark.parametrize("step", [7, EPOCH, 15])  # the last step of an epoch, and of those with a checkpoint
+def test_a_signal_ends_it_after_the_step(tmp_path, at_step, capsys, number, step):
+    handlers = [signal.getsignal(n) for n in training.SIGNALS]
+    at_step(step, lambda: os.kill(os.getpid(), number))
     assert train(tmp_path / "run", "--workers", "1") == 128 + number
     text = f"train: stopped by {number.name}; --resume goes on from the last checkpoint\n"
     assert capsys.readouterr().err.endswith(text)
-    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert [signal.getsignal(n) for n in training.SIGNALS] == handlers
+    assert checkpoints.steps(tmp_path / "run" / "checkpoints")[-1] == step
+    assert kinds(tmp_path / "run") == WHOLE[: WHOLE.index(("step", step + 1))]
+    assert train(tmp_path / "run", "--workers", "1", "--resume") == 0
+    assert kinds(tmp_path / "run") == WHOLE
+
+
+def test_a_signal_in_the_last_step_is_too_late(tmp_path, at_step):
+    at_step(2 * EPOCH, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert train(tmp_path / "run") == 0
+    assert (tmp_path / "run" / "network.pt").exists()
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path, at_step, capsys):
+    def twice() -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("went on")
+
+    at_step(7, twice)
+    assert train(tmp_path / "run", "--workers", "1") == 128 + signal.SIGINT
+    assert "train: stopped by SIGINT" in capsys.readouterr().err
     assert checkpoints.steps(tmp_path / "run" / "checkpoints") == [5]
-    assert train(tmp_path / "run", "--workers", "1", "--resume", "--log-every", "100") == 0
-    assert kinds(tmp_path / "run")[-2:] == [("step", 26), ("evaluation", 26)]
 
 
 def test_tensorboard_has_the_same(tmp_path):
@@ -419,18 +439,21 @@ def test_three_processes_killed_and_resumed_have_the_same_curve(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_two_processes_and_their_workers_end_by_a_signal(tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "ranks"), [(signal.SIGTERM, [0, 1]), (signal.SIGINT, [0, 1]), (signal.SIGTERM, [1])]
+)
+def test_two_processes_and_their_workers_end_by_a_signal(tmp_path, number, ranks):
+    """Which workers get too, as from a terminal; after the same step, even if but one of them gets it."""
     out = tmp_path / "run"
     processes = start(2, "--out", str(out), "--epochs", "50", "--workers", "1")
     wait_for(out, 12)
-    for process in processes:
-        os.killpg(process.pid, number)
-    (code, text), (other, _) = ends(processes)
-    assert code == 128 + number and other
+    for rank in ranks:
+        os.killpg(processes[rank].pid, number)
+    (code, text), (other, other_text) = ends(processes)
+    assert (code, other) == (128 + number, 128 + number), text + other_text
     assert f"train: stopped by {number.name}; --resume goes on from the last checkpoint\n" in text
-    assert "Traceback" not in text
-    assert checkpoints.steps(out / "checkpoints")[-1] >= 10
+    assert "Traceback" not in text + other_text
+    assert checkpoints.steps(out / "checkpoints")[-1] == records(out)[-1]["step"] >= 12
 
 
 @pytest.mark.slow

@@ -15,12 +15,13 @@ nearest of them. The folder `--out` holds
     network.pt      what was learnt, once training is through
 
 and has to be one that all processes see. A checkpoint has its name only when all of it is on the disk: a run
-can be killed at any time. The same command with `--resume` goes on from the last checkpoint, or starts if
-there is none; what was logged after the checkpoint is logged again. Everything random is drawn from the seed
-and the number of the step. So on the CPU the losses are those of a run that was never interrupted, bit for
-bit, for the same number of processes and threads. With another number of processes, batches, images and
-learning rates are the same, and the losses up to rounding. Networks have GroupNorm, not BatchNorm, for that:
-an embedding does not depend on what else a process has to embed.
+can be killed at any time. A first Ctrl-C or SIGTERM, to any of the processes, stops all of them after the
+step, with a checkpoint; a second one does not wait. The same command with `--resume` goes on from the last
+checkpoint, or starts if there is none; what was logged after the checkpoint is logged again. Everything
+random is drawn from the seed and the number of the step. So on the CPU the losses are those of a run that was
+never interrupted, bit for bit, for the same number of processes and threads. With another number of
+processes, batches, images and learning rates are the same, and the losses up to rounding. Networks have
+GroupNorm, not BatchNorm, for that: an embedding does not depend on what else a process has to embed.
 
 Needs the extra `deepsim-ext[train]`.
 """

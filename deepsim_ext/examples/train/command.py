@@ -11,21 +11,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..._files import write_beside
+from ..._stop import stop_between_steps
 from . import data, log, options, training
 
 # import name -> name on PyPI
 PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "tqdm": "tqdm"}
-
-
-class Stopped(BaseException):
-    """By a signal."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,32 +38,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"train: {problem}", file=sys.stderr)
         return 2
     try:
-        with _signals(), _process_group(device):
+        with _process_group(device), stop_between_steps(*training.SIGNALS) as stopped:
             if rank == 0:
                 _write_settings(settings.out, record)
-            training.run(settings, loaded, parts, training.Processes(rank, count, device))
-    except Stopped as stop:
-        (number,) = stop.args
-        if rank == 0:
-            name = signal.Signals(number).name
-            print(f"train: stopped by {name}; --resume goes on from the last checkpoint", file=sys.stderr)
-        return 128 + number
-    return 0
-
-
-@contextmanager
-def _signals() -> Iterator[None]:
-    """SIGTERM and Ctrl-C as Stopped, wherever the run is; what it has saved stays whole."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped(number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+            number = training.run(settings, loaded, parts, training.Processes(rank, count, device), stopped)
+    except KeyboardInterrupt:  # before the first step, or a second one
+        number = signal.SIGINT
+    if number == 0:
+        return 0
+    if rank == 0:
+        name = signal.Signals(number).name
+        print(f"train: stopped by {name}; --resume goes on from the last checkpoint", file=sys.stderr)
+    return 128 + number
 
 
 @contextmanager

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +36,7 @@ LOSSES = {
 }
 AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 SCHEDULES = ("cosine", "constant")
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # that stop a run
 
 
 class Processes(NamedTuple):
@@ -130,13 +130,23 @@ class Training:
         return nullcontext() if amp is None else torch.autocast(self.device.type, AMP[amp])
 
 
-def run(settings: argparse.Namespace, data: Data, parts: tuple[Tensor, Tensor], processes: Processes) -> None:
+def run(
+    settings: argparse.Namespace,
+    data: Data,
+    parts: tuple[Tensor, Tensor],
+    processes: Processes,
+    stopped: Callable[[], int],
+) -> int:
     """Trains, from the last checkpoint if there is one, and leaves checkpoints, log and network.
 
     Args:
         settings: the command's.
         data: all of it.
         parts: rows of `data` to train on, and those held out.
+        stopped: the signal that asks this process to stop, or 0.
+
+    Returns:
+        The signal that stopped it, or 0.
     """
     from tqdm import tqdm
 
@@ -145,11 +155,7 @@ def run(settings: argparse.Namespace, data: Data, parts: tuple[Tensor, Tensor], 
     sampler = ClassBalancedBatchSampler(
         data.labels[trained], settings.classes // count, settings.samples, seed=settings.seed
     )
-    workers = {
-        "num_workers": settings.workers,
-        "pin_memory": device.type == "cuda",
-        "worker_init_fn": _end_quietly,
-    }
+    workers = {"num_workers": settings.workers, "pin_memory": device.type == "cuda"}
     loader = DataLoader(Subset(data.images, trained.tolist()), batch_sampler=sampler, **workers)
     batch_size = sampler.classes_per_batch * settings.samples
     share = Subset(data.images, _share(held_out, rank, count).tolist())
@@ -167,7 +173,7 @@ def run(settings: argparse.Namespace, data: Data, parts: tuple[Tensor, Tensor], 
 
     def evaluate() -> None:
         if len(held_out):
-            embeddings = training.embed(held_out_loader)
+            embeddings = training.embed(_batches(held_out_loader))
             if rank == 0:
                 metrics = _metrics(embeddings[: len(held_out)], held_out_labels)
                 log.write("evaluation", training.step, metrics)
@@ -183,7 +189,7 @@ def run(settings: argparse.Namespace, data: Data, parts: tuple[Tensor, Tensor], 
             epoch = training.step // len(sampler)
             sampler.set_epoch(epoch)
             since, logged = time.perf_counter(), training.step
-            for images, labels in loader:
+            for images, labels in _batches(loader):
                 result, lr = training.update(images.to(device), labels.to(device), steps)
                 step = training.step
                 progress.update()
@@ -196,18 +202,32 @@ def run(settings: argparse.Namespace, data: Data, parts: tuple[Tensor, Tensor], 
                     since, logged = now, step
                 if step % len(sampler) == 0:
                     evaluate()
-                if step % settings.checkpoint_every == 0 or step == steps:
+                number = _of_any(stopped())
+                if step % settings.checkpoint_every == 0 or step == steps or number:
                     if rank == 0:
                         log.sync()
                     checkpoints.save(folder, step, training, rank)
+                if step < steps and number:
+                    return number
     if rank == 0:
         network.save(training.plain_network, settings.out / "network.pt")
+    return 0
 
 
-def _end_quietly(worker: int) -> None:
-    """Lets a signal end a worker without a failure, which would be reported in place of the signal."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: os._exit(0))
+def _batches(loader: DataLoader) -> Iterator[list[Tensor]]:
+    """Of workers that begin with signals blocked: they are at work until the run has stopped."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _of_any(number: int) -> int:
+    """The greatest of all processes, so that all stop after the same step."""
+    greatest = torch.tensor(number)
+    dist.all_reduce(greatest, dist.ReduceOp.MAX)
+    return int(greatest)
 
 
 def _last_checkpoint(folder: Path, processes: Processes) -> int:
