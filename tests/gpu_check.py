@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
 # Programs check_<op>.cpp of tests/emulator.
 CHECKS = ("all_pairs", "batch_hard", "gram")
-CHECK_FLAGS = ["-std=c++17", "-O2", "-x", "cu", "-I.", "-Itests/emulator"]
+CHECK_FLAGS = ["-std=c++17", "-x", "cu", "-I.", "-Itests/emulator"]
 
 
 def is_hopper() -> bool:
@@ -56,7 +56,7 @@ def steps(folder: Path, scratch: Path) -> list[list[Step]]:
     wheels = [str(w) for w in sorted((ROOT / "wheels").glob("*.whl"))]
     hopper = is_hopper()
     native = ["-gencode=arch=compute_90a,code=sm_90a", "-DDEEPSIM_SM_90A"] if hopper else ["-arch=native"]
-    check_flags = CHECK_FLAGS + native
+    check_flags = ["-O2", *CHECK_FLAGS, *native]
     install = [PYTHON, "-m", "pip", "install", "--no-index", "--no-deps"]
     install += ["--target", str(scratch / "packages")]
     suite = [f"tests/test_{name}.py" for name in ("batch_hard", "batch_hard_extremes", "gram", "style")]
