@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if rank == 0:
                 _write_settings(settings.out, record)
             number = training.run(settings, loaded, parts, training.Processes(rank, count, device), stopped)
-    except KeyboardInterrupt:  # before the first step, or a second one
+    except KeyboardInterrupt:  # while the processes meet, or a second one
         number = signal.SIGINT
     if number == 0:
         return 0
