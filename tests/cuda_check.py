@@ -256,7 +256,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor() as pool:
         folder = Path(temporary)
         jobs = [(source, architecture) for source in sources for architecture in SHARED_BYTES]
-        # Kernels of csrc are compiled in full by the jobs: in programs without others, as far as PTX will do.
+        # Kernels of csrc are compiled in full by the jobs: in programs with hardly any other, PTX will do.
         programs = {f"check_{check}.cpp": ("-arch=compute_90a", "-Xcicc", "-O0") for check in CHECKS}
         programs["check_wrappers.cpp"] = ("-arch=sm_90a",)
         compiled = pool.map(
