@@ -132,8 +132,8 @@ def all_pairs(n: int, d: int) -> list[Stage]:
             tensor=product,
             launches=stripes,
         ),
-        # A distance and a label are read, a strength is written.
-        Stage("rows", l2=2 * matrix + 8 * n * n, plain=60 * n * n, launches=stripes),
+        # A distance, a label and a half norm are read, a strength is written. Instructions: SASS.
+        Stage("rows", l2=3 * matrix + 8 * n * n, plain=140 * n * n, launches=stripes),
         Stage(
             "pull",
             # Strengths by tiles of 128 elements of a row, others by tiles of 64 rows; parts of sums.
@@ -148,7 +148,7 @@ def all_pairs(n: int, d: int) -> list[Stage]:
 
 def neighbors(n: int, d: int) -> list[Stage]:
     """The search of a few nearest of each row, few others being as near; float32 in any storage."""
-    stripe = min(n, max(64, 2**22 // n // 64 * 64))
+    stripe = min(n, max(64, 2**23 // n // 64 * 64))
     stripes = math.ceil(n / stripe)
     matrix = 4 * n * n
     candidates = 16  # of a row, that are measured; each of the groups that they are in is read

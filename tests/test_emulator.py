@@ -61,7 +61,8 @@ def test_tsan_sees_races_of_threads(tmp_path):
 BARRIER = "    __syncthreads();  // this chunk is there for all, and nobody needs the one before\n"
 WAIT = "    ptx::cp_async_wait<kMmaStages - 2>();\n"
 REFILL = "    load(chunk + kMmaStages - 1);\n"
-DESCRIPTION = "  out.half_norm_and_scale[side][r] = {set.half_norm[position], set.scale[position]};\n"
+DESCRIPTION = "half_norm_and_scale{set.half_norm[position], "
+DESCRIBED = "  out.half_norm_and_scale[side][r] = half_norm_and_scale;\n"
 COLUMNS = "      ptx::ldmatrix_x4(r, columns + j"
 TWO_BARRIERS = (
     "    if (threadIdx.x < 200) {\n      __syncthreads();\n    } else {\n      __syncthreads();\n    }\n"
@@ -117,8 +118,8 @@ PLANTED = {
     ),
     "write_beyond_shared_memory": (
         "search_tile.cuh",
-        DESCRIPTION,
-        DESCRIPTION.replace("[side][r]", "[side][r + 8 * kTileRows]"),
+        DESCRIBED,
+        DESCRIBED.replace("[side][r]", "[side][r + 8 * kTileRows]"),
         "use-after-poison",
     ),
     "missing_wait_for_bulk_copy": ("mine_wgmma.cuh", FULL_WAIT, "", "mbarrier: more threads arrive"),

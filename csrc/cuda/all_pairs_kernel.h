@@ -50,8 +50,8 @@ inline OwnedPairs centred_pairs(const OwnedBatch& b, void* stream) {
   return p;
 }
 
-// Distances of a stripe, and as many strengths: 16 MiB of either in float32, or a tile of rows.
-constexpr int64_t kStripeElements = int64_t(1) << 22;
+// Distances of a stripe and as many strengths, if there are any: 32 MiB in float32, or a tile of rows.
+constexpr int64_t kStripeElements = int64_t(1) << 23;
 constexpr int64_t kStripeRows = 64;  // a multiple of, but for the last
 
 // Which pairs have a weight in a loss whose gradient is wanted.
@@ -65,7 +65,8 @@ void for_each_stripe(const OwnedBatch& b, const Pairs& pairs, Pull which, void* 
   if (anchors == 0 || references == 0) return;
   Stripe stripe = {};
   stripe.stride = (references + kStripeColumns - 1) / kStripeColumns * kStripeColumns;
-  const int64_t rows = std::min(anchors, std::max<int64_t>(1, kStripeElements / stripe.stride / kStripeRows) * kStripeRows);
+  const int64_t row_elements = stripe.stride * (which == Pull::none ? 1 : 2);
+  const int64_t rows = std::min(anchors, std::max<int64_t>(1, kStripeElements / row_elements / kStripeRows) * kStripeRows);
   const auto options = b.x.options().dtype(compute_type(b.x.scalar_type()));
   const at::Tensor distances = at::empty({rows, stripe.stride}, options);
   stripe.distances = distances.mutable_data_ptr();

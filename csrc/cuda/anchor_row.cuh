@@ -7,26 +7,36 @@
 
 namespace deepsim::cuda {
 
+// What a row kernel reads of a column.
+template <class T>
+struct Column {
+  T distance;
+  int64_t label;    // of the reference
+  float half_norm;  // likewise, where the row has them
+};
+
 // One anchor's row of a stripe and who stands where in it.
 template <class T>
 struct AnchorRow {
   T* distance;
-  const int64_t* labels;   // of the references
+  const int64_t* labels;        // of the references
   int64_t label, own, columns;  // own: the anchor's own column, or -1
   // What distances pull with; null where no gradient is wanted.
   Distance kind;
   T *strength, *single_strength;
   uint32_t* single;
   float half_norm;
-  const float* half_norms;  // of the references; null where no pair is too close for products
+  const float* half_norms;  // of the references; null where no pair that pulls is too close for products
 
-  __device__ __forceinline__ bool is_positive(int64_t c) const { return labels[c] == label && c != own; }
-  __device__ __forceinline__ bool is_negative(int64_t c) const { return labels[c] != label; }
+  __device__ __forceinline__ Column<T> column(int64_t c) const { return {distance[c], labels[c], half_norms ? half_norms[c] : 0}; }
+
+  __device__ __forceinline__ bool is_positive(int64_t c, const Column<T>& column) const { return column.label == label && c != own; }
+  __device__ __forceinline__ bool is_negative(const Column<T>& column) const { return column.label != label; }
 
   // The distance of column c has weight w in the loss. Returns the strength if the pair pulls together with all others.
-  __device__ __forceinline__ T pull(int64_t c, T w) const {
-    const T d = distance[c], s = deepsim::cuda::strength(kind, d, w);
-    const bool by_itself = s != 0 && half_norms && is_close(float(half_square_of_distance(kind, d)), half_norm, half_norms[c]);
+  __device__ __forceinline__ T pull(int64_t c, const Column<T>& column, T w) const {
+    const T d = column.distance, s = deepsim::cuda::strength(kind, d, w);
+    const bool by_itself = s != 0 && half_norms && is_close(float(half_square_of_distance(kind, d)), half_norm, column.half_norm);
     if (by_itself) pull_singly(c, s);
     return strength[c] = by_itself ? T(0) : s;
   }
@@ -55,8 +65,31 @@ __device__ __forceinline__ AnchorRow<T> anchor_row(const Pairs& pairs, const Str
   r.single_strength = of_row(stripe.single_strengths);
   r.single = stripe.single ? stripe.single + at / 32 : nullptr;
   r.half_norm = pairs.centred_anchors.rows ? pairs.centred_anchors.half_norm[anchor] : 0;
-  r.half_norms = pairs.centred_references.rows ? pairs.centred_references.half_norm : nullptr;
+  r.half_norms = pairs.centred_references.rows && stripe.strengths ? pairs.centred_references.half_norm : nullptr;
   return r;
+}
+
+// Calls visit(c, column) for this thread's columns of [begin, end), in ascending order. It has four of them on their way at once: a visit
+// branches and stores, and loads behind that would each wait for the one before.
+template <class T, class Visit>
+__device__ __forceinline__ void for_columns(const AnchorRow<T>& row, int64_t begin, int64_t end, Visit visit) {
+  constexpr int kAtOnce = 4;
+  for (int64_t first = begin + threadIdx.x; first < end; first += kAtOnce * kBlockThreads) {
+    Column<T> columns[kAtOnce] = {};
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i * kBlockThreads < end) columns[i] = row.column(first + i * kBlockThreads);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i * kBlockThreads < end) visit(first + i * kBlockThreads, columns[i]);
+    }
+  }
+}
+
+template <class T, class Visit>
+__device__ __forceinline__ void for_columns(const AnchorRow<T>& row, Visit visit) {
+  for_columns(row, 0, row.columns, visit);
 }
 
 // An anchor's positives, a part of them at a time, the farthest first.
@@ -80,12 +113,12 @@ __device__ __forceinline__ int64_t collect_positives(const AnchorRow<T>& row, in
   int found = 0;
   while (cursor < row.columns && found + kCollectedColumns <= kMostPositives) {
     const int64_t end = cursor + kCollectedColumns < row.columns ? cursor + kCollectedColumns : row.columns;
-    for (int64_t c = cursor + threadIdx.x; c < end; c += kBlockThreads) {
-      if (!row.is_positive(c)) continue;
+    for_columns(row, cursor, end, [&](int64_t c, const Column<T>& column) {
+      if (!row.is_positive(c, column)) return;
       const int slot = atomicAdd(&out.count, 1);
-      out.distance[slot] = row.distance[c];
+      out.distance[slot] = column.distance;
       out.index[slot] = int32_t(c);
-    }
+    });
     cursor = end;
     __syncthreads();
     found = out.count;

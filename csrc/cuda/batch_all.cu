@@ -42,12 +42,12 @@ __device__ __forceinline__ T compare_with_few(const AnchorRow<T>& row, BatchAllS
     limit[p] = p < shared.positives.count ? shared.positives.distance[p] + margin : -infinity<T>();
     active[p] = 0;
   }
-  for (int64_t c = threadIdx.x; c < row.columns; c += kBlockThreads) {
-    if (!row.is_negative(c)) {
+  for_columns(row, [&](int64_t c, const Column<T>& column) {
+    if (!row.is_negative(column)) {
       if (row.strength) row.strength[c] = 0;
-      continue;
+      return;
     }
-    const T d = row.distance[c];
+    const T d = column.distance;
     int run = 0;
 #pragma unroll
     for (int p = 0; p < kFewPositives; ++p) {
@@ -58,8 +58,8 @@ __device__ __forceinline__ T compare_with_few(const AnchorRow<T>& row, BatchAllS
     sums.d_an += double(d);
     sums.active += run;
     sums.active_d_an += double(run) * double(d);
-    if (row.strength) pulled += row.pull(c, T(-run));
-  }
+    if (row.strength) pulled += row.pull(c, column, T(-run));
+  });
   for (int p = 0; p < kFewPositives; ++p) {
     const int sum = warp_sum(active[p]);
     if (lane_index() == 0 && sum != 0) atomicAdd(&shared.active[p], sum);
@@ -76,10 +76,10 @@ __device__ __forceinline__ void search_among_many(const AnchorRow<T>& row, Batch
   const T margin = window.margin;
   const T* positive = shared.positives.distance;
   const int count = shared.positives.count;
-  for (int64_t c = threadIdx.x; c < row.columns; c += kBlockThreads) {
+  for_columns(row, [&](int64_t c, const Column<T>& column) {
     if (first && row.strength) row.strength[c] = 0;
-    if (!row.is_negative(c)) continue;
-    const T d = row.distance[c];
+    if (!row.is_negative(column)) return;
+    const T d = column.distance;
     if (first) {
       ++sums.count;
       sums.d_an += double(d);
@@ -92,13 +92,13 @@ __device__ __forceinline__ void search_among_many(const AnchorRow<T>& row, Batch
       sums.runs += within;
       sums.runs_d_an += double(within) * double(d);
     }
-    if (end <= begin) continue;
+    if (end <= begin) return;
     sums.active += end - begin;
     sums.active_d_an += double(end - begin) * double(d);
     atomicAdd(&shared.active[end - 1], 1);
     if (begin > 0) atomicAdd(&shared.active[begin - 1], -1);
     if (row.strength) row.strength[c] -= T(end - begin);
-  }
+  });
   __syncthreads();
   suffix_sums(shared.active, count);
 }
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2) batch_all_rows_kernel(Pairs 
       if (!row.strength) continue;
       const int64_t c = shared.positives.index[s];
       if (few) {
-        pulled += row.pull(c, T(shared.active[s]));
+        pulled += row.pull(c, row.column(c), T(shared.active[s]));
       } else {
         row.strength[c] = T(shared.active[s]);
       }
@@ -143,27 +143,29 @@ __global__ void __launch_bounds__(kBlockThreads, 2) batch_all_rows_kernel(Pairs 
   }
   if (row.strength && !few) {
     __syncthreads();
-    for (int64_t c = threadIdx.x; c < row.columns; c += kBlockThreads) pulled += row.pull(c, row.strength[c]);
+    for_columns(row, [&](int64_t c, const Column<T>& column) { pulled += row.pull(c, column, row.strength[c]); });
   }
   store_strength_sum(pulled, stripe, shared.sums);
 
-  // What depends on all positives and all negatives of the anchor is worked out once, by the first thread.
-  positives = block_sum(positives, shared.sums.counts);
-  const int64_t negative_count = block_sum(negatives.count, shared.sums.counts);
-  RowSums own = {{limits - negatives.active_d_an, 0, 0, 0}, {0, 0, negatives.active, 0}};
+  // Of all threads, then what depends on all positives and all negatives of the anchor.
+  RowSums row_sums = {{limits - negatives.active_d_an, positive_sum, negatives.d_an, 0},
+                      {positives, negatives.count, negatives.active, negatives.runs}};
   if (window.semi_hard) {
     // Triplets without a loss have d_ap = d_an - margin.
-    own.values[1] = active_d_ap + negatives.runs_d_an - negatives.active_d_an -
-                    double(negatives.runs - negatives.active) * window.exact_margin;
-    own.values[2] = negatives.runs_d_an;
-    own.counts[1] = negatives.runs;
-  } else {
-    own.values[1] = positive_sum * double(negative_count);
-    own.values[2] = negatives.d_an * double(positives);
-    if (threadIdx.x == 0) own.counts[1] = positives * negative_count;
+    row_sums.values[1] = active_d_ap + negatives.runs_d_an - negatives.active_d_an -
+                         double(negatives.runs - negatives.active) * window.exact_margin;
+    row_sums.values[2] = negatives.runs_d_an;
   }
-  if (threadIdx.x == 0) own.counts[0] = positives > 0 && negative_count > 0;
-  store_sums(own, shared.sums, sums[stripe.first + blockIdx.x]);
+  row_sums = block_sums(row_sums, shared.sums);
+  if (threadIdx.x != 0) return;
+  const auto [all_positives, all_negatives, active, runs] = row_sums.counts;
+  if (!window.semi_hard) {
+    row_sums.values[1] *= double(all_negatives);
+    row_sums.values[2] *= double(all_positives);
+  }
+  const int64_t triplets = window.semi_hard ? runs : all_positives * all_negatives;
+  sums[stripe.first + blockIdx.x] = {{row_sums.values[0], row_sums.values[1], row_sums.values[2], 0},
+                                     {all_positives > 0 && all_negatives > 0, triplets, active, 0}};
 }
 
 }  // namespace

@@ -32,16 +32,16 @@ __global__ void __launch_bounds__(kBlockThreads, 2) contrastive_rows_kernel(Pair
   const T scale[2] = {scales ? T(scales[0]) : T(1), scales ? T(scales[1]) : T(1)};
   RowSums own = {};
   T pulled = 0;
-  for (int64_t c = threadIdx.x; c < row.columns; c += kBlockThreads) {
-    const T d = row.distance[c];
+  for_columns(row, [&](int64_t c, const Column<T>& column) {
+    const T d = column.distance;
     T weight = 0;
-    if (row.is_negative(c)) {
+    if (row.is_negative(column)) {
       weight = -scale[1] * add_pair<1>(own, d, margins.negative - d, margins.squared);
     } else if (c != row.own) {
       weight = scale[0] * add_pair<0>(own, d, d - margins.positive, margins.squared);
     }
-    if (row.strength) pulled += row.pull(c, weight);
-  }
+    if (row.strength) pulled += row.pull(c, column, weight);
+  });
   store_strength_sum(pulled, stripe, shared);
   store_sums(own, shared, sums[stripe.first + blockIdx.x]);
 }

@@ -52,18 +52,18 @@ __device__ __forceinline__ void prefix_nearest(unsigned long long (&nearest)[kMo
 // barrier.
 template <bool kIndices, class T>
 __device__ __forceinline__ void note_negatives(const AnchorRow<T>& row, SemiHardShared<T>& shared, int count) {
-  for (int64_t c = threadIdx.x; c < row.columns; c += kBlockThreads) {
-    if (!row.is_negative(c)) continue;
-    const T d = row.distance[c];
+  for_columns(row, [&](int64_t c, const Column<T>& column) {
+    if (!row.is_negative(column)) return;
+    const T d = column.distance;
     const int s = count_before(shared.positives.distance, count, [=](T p) { return p >= d; });
-    if (s == count) continue;
+    if (s == count) return;
     const unsigned long long bits = distance_bits(double(d));
     if (!kIndices) {
       if (bits < ptx::load_relaxed_shared(&shared.nearest[s])) atomicMin(&shared.nearest[s], bits);  // few are, and atomics wait
     } else if (bits == shared.nearest[s]) {
       atomicMin(&shared.nearest_index[s], int32_t(c));
     }
-  }
+  });
   __syncthreads();
 }
 
@@ -81,9 +81,9 @@ __global__ void __launch_bounds__(kBlockThreads, 2) semi_hard_rows_kernel(Pairs 
   const AnchorRow<T> row = anchor_row<T>(pairs, stripe, blockIdx.x);
   const T* positive = shared.positives.distance;
   Best<T, true> farthest;
-  for (int64_t c = threadIdx.x; c < row.columns; c += kBlockThreads) {
-    if (row.is_negative(c)) farthest.improve(row.distance[c], int32_t(c));
-  }
+  for_columns(row, [&](int64_t c, const Column<T>& column) {
+    if (row.is_negative(column)) farthest.improve(column.distance, int32_t(c));
+  });
   farthest = block_best(farthest, shared.best, shared.best_index);
   const bool has_negative = farthest.index != kNobody;
 

@@ -120,7 +120,7 @@ template <class T, class IsBefore>
 __device__ __forceinline__ int count_before(const T* list, int count, IsBefore is_before) {
   int low = 0, high = count;
   while (low < high) {
-    const int middle = (low + high) / 2;
+    const int middle = low + (high - low) / 2;
     if (is_before(list[middle])) {
       low = middle + 1;
     } else {

@@ -18,11 +18,27 @@ __global__ void centre_sums_kernel(Rows x, const double* norms, int slices, doub
   const int slice = int(blockIdx.x / runs), lane = int(threadIdx.x) % kCentreColumns, group = int(threadIdx.x) / kCentreColumns;
   constexpr int kGroups = kCentreThreads / kCentreColumns;
   const int64_t k = blockIdx.x % runs * kCentreColumns + lane;
+  constexpr int kAtOnce = 4;  // on their way, before the first of them is divided
+  const int64_t step = int64_t(slices) * kGroups;
   double sum = 0;
   if (k < x.depth) {
-    for (int64_t i = int64_t(slice) * kGroups + group; i < x.count; i += int64_t(slices) * kGroups) {
-      const double norm = norms ? norms[i] : 1.0;
-      sum += norm == 0 ? 0.0 : double(widen(row_of<S>(x, i)[k])) / norm;
+    for (int64_t first = int64_t(slice) * kGroups + group; first < x.count; first += kAtOnce * step) {
+      double element[kAtOnce] = {}, norm[kAtOnce] = {};
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int64_t row = first + i * step;
+        if (row >= x.count) continue;
+        element[i] = double(widen(row_of<S>(x, row)[k]));
+        if (norms) norm[i] = norms[row];
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (!norms) {
+          sum += element[i];
+        } else if (norm[i] != 0) {
+          sum += element[i] / norm[i];
+        }
+      }
     }
   }
   partial[group][lane] = sum;

@@ -75,7 +75,6 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce<kDeep>) mine_mma_k
   auto& shared = shared_memory<MmaShared>();
   const TileIndex tile = tile_index(first + blockIdx.x, 0, a);
   if (tile.row < 0) return;
-  load_description(shared.description, a, tile);
   const unsigned char* rows = a.rows.operand + tile.row * a.chunks * kChunkTileBytes;
   const unsigned char* columns = a.columns.operand + tile.column * a.chunks * kChunkTileBytes;
   const auto load = [&](int chunk) {
@@ -86,6 +85,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce<kDeep>) mine_mma_k
   };
   MmaProducts products = {}, sums = {};
   for (int chunk = 0; chunk < kMmaStages - 1; ++chunk) load(chunk);
+  load_description(shared.description, a, tile);
   for (int chunk = 0; chunk < a.chunks; ++chunk) {
     ptx::cp_async_wait<kMmaStages - 2>();
     __syncthreads();  // this chunk is there for all, and nobody needs the one before

@@ -16,10 +16,10 @@ template <bool kPositives, class T>
 __device__ __forceinline__ Best<T, true> choose(const AnchorRow<T>& row, bool nearest, T above, T below, MiningShared<T>& shared) {
   const T sign = nearest ? T(-1) : T(1);
   Best<T, true> best;
-  for (int64_t c = threadIdx.x; c < row.columns; c += kBlockThreads) {
-    const T d = row.distance[c];
-    if ((kPositives ? row.is_positive(c) : row.is_negative(c)) && d > above && d < below) best.improve(sign * d, int32_t(c));
-  }
+  for_columns(row, [&](int64_t c, const Column<T>& column) {
+    const T d = column.distance;
+    if ((kPositives ? row.is_positive(c, column) : row.is_negative(column)) && d > above && d < below) best.improve(sign * d, int32_t(c));
+  });
   best = block_best(best, shared.best, shared.best_index);
   best.value *= sign;
   return best;

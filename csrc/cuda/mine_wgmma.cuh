@@ -126,6 +126,13 @@ __device__ __forceinline__ void mine_wgmma(const TileArguments& a) {
   }
   load_description(shared.description[0], a, shared.upcoming[0].tile);
   __syncthreads();
+  // While the first products are made, if their operands leave registers for it.
+  constexpr bool kEarly = !Operand::kSplit || kDeep;
+  const auto prepare_next = [&](int i) {
+    const TileIndex next = shared.upcoming[(i + 1) % kUpcoming].tile;
+    if (next.row >= 0) load_description(shared.description[(i + 1) % 2], a, next);
+    if (leads) add_upcoming(shared, a, i + kUpcoming - 1);
+  };
   for (int i = 0; shared.upcoming[i % kUpcoming].tile.row >= 0; ++i) {
     const int rows_at = shared.upcoming[i % kUpcoming].rows_at;
     WgmmaProducts products = {}, sums = {};
@@ -137,17 +144,16 @@ __device__ __forceinline__ void mine_wgmma(const TileArguments& a) {
                               !kDeep && chunk > 0);
       // While they are made: the next chunk goes where the one before was, once the last warp is through with that.
       if (leads) load_next_chunk(shared, a);
+      if (kEarly && chunk == 0) prepare_next(i);
       __syncwarp();
       ptx::wgmma_wait<0>(products.fragment[0]);
       if (lane_index() == 0) ptx::mbarrier_arrive(&shared.empty[stage]);
       if constexpr (kDeep) sums.add(products);
     }
-    const TileIndex next = shared.upcoming[(i + 1) % kUpcoming].tile;
-    if (next.row >= 0) load_description(shared.description[(i + 1) % 2], a, next);
+    if (!kEarly) prepare_next(i);
     const int warp = int(threadIdx.x) / kWarp, lane = lane_index();
     const Corner corner{warp * 16 + lane / 4, lane % 4 * 2};
     search_tile(shared.description[i % 2], kDeep ? sums : products, corner, a);
-    if (leads) add_upcoming(shared, a, i + kUpcoming - 1);
     __syncthreads();  // the next description is there, and nobody needs this one
   }
 }

@@ -55,6 +55,20 @@ struct Bound {
   }
 };
 
+// The digit that the needed-th of the counted candidates has, and how many have a lower one, by one warp: the lane to whose digits it
+// belongs goes through these.
+template <class T>
+__device__ __forceinline__ void find_digit(NearestShared<T>& shared, int needed) {
+  constexpr int kOfLane = kDigits / kWarp;
+  int digit = lane_index() * kOfLane, own = 0;
+  for (int d = 0; d < kOfLane; ++d) own += shared.digits[digit + d];
+  int below = warp_sum_so_far(own) - own;
+  if (below >= needed || below + own < needed) return;
+  while (below + shared.digits[digit] < needed) below += shared.digits[digit++];
+  shared.digit = digit;
+  shared.below = below;
+}
+
 // The first digits of the k-th smallest of `count` values, without the own-th: as many as it takes until all candidates that have them
 // are wanted. Of k and more values. Begins and ends with a barrier.
 template <class T>
@@ -75,12 +89,7 @@ struct Selection {
         atomicAdd(&shared.digits[Bound<Bits>::digit_of(d, uint32_t(c), digits)], 1);
       }
       __syncthreads();
-      if (threadIdx.x == 0) {
-        int value = 0, below = 0;
-        while (below + shared.digits[value] < needed) below += shared.digits[value++];
-        shared.digit = value;
-        shared.below = below;
-      }
+      if (threadIdx.x < kWarp) find_digit(shared, needed);
       __syncthreads();
       bound.decide(digits, shared.digit);
       needed -= shared.below;

@@ -64,6 +64,7 @@ __global__ void __launch_bounds__(PairProduct::kThreads, 2) pair_products_kernel
     const float half_norm = a.half_norm[stripe.first + row];
     const auto distance = [&](int next, float ab) {
       if (column + next >= columns) return 0.0f;  // nobody reads it
+      if (pairs.self_form && column + next == stripe.first + row) return 0.0f;  // or it would be measured, as it is close
       const float other = b.half_norm[column + next], half_square = (half_norm + other) - ab;
       if (!is_close(half_square, half_norm, other)) return distance_of_half_square(pairs.distance, half_square);
       const int slot = atomicAdd(&shared.close, 1);

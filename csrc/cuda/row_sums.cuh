@@ -7,9 +7,25 @@
 namespace deepsim::cuda {
 
 struct RowSumsShared {
-  double values[kBlockWarps];
-  int64_t counts[kBlockWarps];
+  RowSums of_warp[kBlockWarps];
+  double strength[kBlockWarps];
 };
+
+// What all threads of the block have added up, in a fixed order; the first thread gets it. Begins with a barrier.
+__device__ __forceinline__ RowSums block_sums(RowSums own, RowSumsShared& shared) {
+  for (int v = 0; v < 4; ++v) own.values[v] = warp_sum(own.values[v]);
+  for (int v = 0; v < 4; ++v) own.counts[v] = warp_sum(own.counts[v]);
+  __syncthreads();
+  if (lane_index() == 0) shared.of_warp[threadIdx.x / kWarp] = own;
+  __syncthreads();
+  RowSums total = {};
+  if (threadIdx.x != 0) return total;
+  for (int w = 0; w < kBlockWarps; ++w) {
+    for (int v = 0; v < 4; ++v) total.values[v] += shared.of_warp[w].values[v];
+    for (int v = 0; v < 4; ++v) total.counts[v] += shared.of_warp[w].counts[v];
+  }
+  return total;
+}
 
 __device__ __forceinline__ double ratio(double sum, int64_t count) { return count > 0 ? sum / double(count) : 0; }
 
@@ -56,13 +72,28 @@ template <class T, class Formula>
 __global__ void __launch_bounds__(kBlockThreads) finish_sums_kernel(const RowSums* sums, int64_t rows, const Flags* flags, Formula formula,
                                                                     LossOutputs out) {
   auto& shared = shared_memory<RowSumsShared>();
-  RowSums total = {};
-  for (int64_t i = threadIdx.x; i < rows; i += kBlockThreads) {
-    for (int v = 0; v < 4; ++v) total.values[v] += sums[i].values[v];
-    for (int v = 0; v < 4; ++v) total.counts[v] += sums[i].counts[v];
+  // Memory is read in the order in which it lies: a thread has one and the same number of every so-many-th row.
+  constexpr int kNumbers = 8;
+  static_assert(sizeof(RowSums) == kNumbers * sizeof(int64_t) && kBlockThreads % kNumbers == 0);
+  const int number = int(threadIdx.x) % kNumbers;
+  const int64_t* numbers = reinterpret_cast<const int64_t*>(sums);
+  double value = 0;
+  int64_t count = 0;
+#pragma unroll 8
+  for (int64_t i = threadIdx.x; i < rows * kNumbers; i += kBlockThreads) {
+    const int64_t n = numbers[i];
+    if (number < 4) {
+      value += __longlong_as_double(n);
+    } else {
+      count += n;
+    }
   }
-  for (int v = 0; v < 4; ++v) total.values[v] = block_sum(total.values[v], shared.values);
-  for (int v = 0; v < 4; ++v) total.counts[v] = block_sum(total.counts[v], shared.counts);
+  RowSums total = {};
+  for (int v = 0; v < 4; ++v) {
+    if (number == v) total.values[v] = value;
+    if (number == 4 + v) total.counts[v] = count;
+  }
+  total = block_sums(total, shared);
   if (threadIdx.x != 0) return;
   formula.template operator()<T>(total, out);
   if (flags->not_finite == 0) return;
@@ -74,15 +105,14 @@ __global__ void __launch_bounds__(kBlockThreads) finish_sums_kernel(const RowSum
 template <class T>
 __device__ __forceinline__ void store_strength_sum(T own, const Stripe& stripe, RowSumsShared& shared) {
   if (!stripe.anchor_sums) return;
-  const double sum = block_sum(double(own), shared.values);
+  const double sum = block_sum(double(own), shared.strength);
   if (threadIdx.x == 0) static_cast<T*>(stripe.anchor_sums)[blockIdx.x] = T(sum);
 }
 
 // A row's sums from those of its threads.
 __device__ __forceinline__ void store_sums(RowSums own, RowSumsShared& shared, RowSums& out) {
-  for (int v = 0; v < 4; ++v) own.values[v] = block_sum(own.values[v], shared.values);
-  for (int v = 0; v < 4; ++v) own.counts[v] = block_sum(own.counts[v], shared.counts);
-  if (threadIdx.x == 0) out = own;
+  const RowSums total = block_sums(own, shared);
+  if (threadIdx.x == 0) out = total;
 }
 
 }  // namespace deepsim::cuda

@@ -219,6 +219,9 @@ __device__ __forceinline__ void load_description(TileDescription& out, const Til
   const int side = thread / int(kTileRows), r = thread % int(kTileRows);
   const PackedSet& set = side == 0 ? a.rows : a.columns;
   const int64_t first = (side == 0 ? tile.row : tile.column) * kTileRows, position = first + r;
+  // Before what is found so far, as nothing passes a relaxed load: all are on their way together.
+  const float2 half_norm_and_scale{set.half_norm[position], set.scale[position]};
+  const int32_t label_id = set.label_id[position], original = set.original[position];
   float farthest = -largest_float(), nearest = largest_float();
   const Keys& keys = side == 0 ? a.row_keys : a.column_keys;
   if (keys.positive) {
@@ -229,9 +232,9 @@ __device__ __forceinline__ void load_description(TileDescription& out, const Til
     farthest = nearest = not_a_number<float>();
   }
   if (r == 0) out.first[side] = first;
-  out.half_norm_and_scale[side][r] = {set.half_norm[position], set.scale[position]};
-  out.label_id[side][r] = set.label_id[position];
-  out.original[side][r] = set.original[position];
+  out.half_norm_and_scale[side][r] = half_norm_and_scale;
+  out.label_id[side][r] = label_id;
+  out.original[side][r] = original;
   out.farthest[side][r] = farthest;
   out.nearest[side][r] = nearest;
   out.farthest_now[side][r] = int32_t(__float_as_uint(farthest));

@@ -35,4 +35,14 @@ __device__ __forceinline__ T warp_sum(T v) {
   return v;
 }
 
+// The sum over the lanes up to this one.
+template <class T>
+__device__ __forceinline__ T warp_sum_so_far(T v) {
+  for (int step = 1; step < kWarp; step *= 2) {
+    const T before = __shfl_sync(kAllLanes, v, (lane_index() + kWarp - step) % kWarp);
+    if (lane_index() >= step) v += before;
+  }
+  return v;
+}
+
 }  // namespace deepsim::cuda

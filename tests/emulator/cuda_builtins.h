@@ -63,6 +63,7 @@ inline unsigned ballot(int line, unsigned mask, bool predicate) {
 inline unsigned __float_as_uint(float f) { return halves::bits_of(f); }
 inline float __uint_as_float(unsigned u) { return halves::float_of(u); }
 inline long long __double_as_longlong(double d) { return (long long)halves::bits_of(d); }
+inline double __longlong_as_double(long long n) { return halves::with_bits_of<double>(n); }
 inline int __ffs(unsigned v) { return __builtin_ffs(int(v)); }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 EMULATOR_NO_TSAN inline void __threadfence() { ::emulator::block()->running->fenced = true; }
