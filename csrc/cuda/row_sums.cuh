@@ -88,10 +88,11 @@ __global__ void __launch_bounds__(kBlockThreads) finish_sums_kernel(const RowSum
       count += n;
     }
   }
-  RowSums total = {};
+  RowSums total;
+#pragma unroll
   for (int v = 0; v < 4; ++v) {
-    if (number == v) total.values[v] = value;
-    if (number == 4 + v) total.counts[v] = count;
+    total.values[v] = number == v ? value : 0;
+    total.counts[v] = number == 4 + v ? count : 0;
   }
   total = block_sums(total, shared);
   if (threadIdx.x != 0) return;
