@@ -21,7 +21,8 @@ try:
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, get_cxx_compiler
 except ImportError:
     sys.exit(
-        "deepsim_ext builds against the torch that is installed, and none is. Install torch, then run\n"
+        "deepsim_ext builds against the torch that is installed, and there is none here: there never is in\n"
+        "pip's build isolation. With torch installed, run\n"
         "    pip install --no-build-isolation ."
     )
 

@@ -20,6 +20,7 @@ def contrastive_loss(
         x1, x2: [N, D] embeddings with D >= 1; float32, float64, bfloat16 or float16. Under autocast their
             dtypes may differ and go to the widest.
         y: [N], 1 where the pair belongs together and 0 where not; bool, integer or float, without gradient.
+            Beyond [0, 1], as are labels of 1 and -1, the loss is NaN.
         margin: finite, >= 0, in units of d; dissimilar pairs farther apart cost nothing.
         reduction: "mean" over pairs (0 for N = 0), "sum" or "none".
 
@@ -34,6 +35,7 @@ def contrastive_loss(
     """
     x1, x2, y, margin = _checks.contrastive("contrastive_loss", x1, x2, y, margin=margin, reduction=reduction)
     dtype = _checks.compute_dtype(x1)
+    y = torch.where((y >= 0) & (y <= 1), y, torch.nan)
     squared = (x1.to(dtype) - x2.to(dtype)).square().sum(dim=1)
     squared = torch.where(squared.isfinite(), squared, torch.nan)
     # sqrt never sees a zero: its infinite slope there makes gradients NaN even where they are masked out.

@@ -63,7 +63,7 @@ def cached_backward(
     Raises:
         TypeError, ValueError: for an argument that is none of the above, before any work; for embeddings that
             are not floating and [n, D] with n >= 1 or not all of one D; for a loss that is no scalar or does
-            not depend on the embeddings.
+            not depend on the embeddings; for a model of which nothing requires grad.
     """
     function = "cached_backward"
     chunks = _checks.cached_backward(function, model, inputs, loss, chunk_size=chunk_size, scaler=scaler)
@@ -91,7 +91,7 @@ def cached_backward(
         for i, (chunk, state, gradient) in enumerate(zip(chunks, states, gradients, strict=True)):
             _set_random_states(devices, state)
             with _local_gradients(model, only=i < len(chunks) - 1):
-                _backward(_embed(model, chunk), gradient)
+                _backward(_checks.trained_embeddings(function, _embed(model, chunk)), gradient)
     finally:
         _set_random_states(devices, after)
     return value.detach() if result is value else result._replace(loss=value.detach())

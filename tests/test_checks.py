@@ -88,6 +88,7 @@ def labelled_batches(function: str) -> list[Case]:
         ),
         wrong((X, Y, X), ValueError, "ref_labels must be given together with ref_embeddings, got None"),
         wrong((X, Y, None, Y), ValueError, "ref_embeddings must be given together with ref_labels, got None"),
+        wrong((X, Y, 0.2), TypeError, refs + "float 0.2"),  # meant to be the margin
         wrong((X, Y, [X], Y), TypeError, refs + "list"),
         wrong((X, Y, Y, Y), TypeError, refs + "int64 [4]"),
         wrong((X, Y, z(3), Y), ValueError, refs + "float32 [3]"),
@@ -494,8 +495,8 @@ def test_error(case: Case, module: ModuleType) -> None:
 
 
 def test_numbers_of_other_libraries_are_numbers() -> None:
-    loss = reference.contrastive_loss(X, X, Y, margin=np.float32(2), reduction="sum")
-    assert loss.item() == 4 * (1 - 0) + (1 - 2) * 4 + (1 - 3) * 4
+    loss = reference.contrastive_loss(X, X, Y == 0, margin=np.float32(2), reduction="sum")
+    assert loss.item() == 3 * 4
     assert reference.nearest_neighbors(X, None, np.int64(2)).indices.shape == (4, 2)
 
 

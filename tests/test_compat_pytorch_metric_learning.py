@@ -35,6 +35,7 @@ by_distance = pytest.mark.parametrize("distance", DISTANCES)
 REDUCERS = {
     "default": lambda: None,
     "nonzero": reducers.AvgNonZeroReducer,
+    "above_zero": lambda: reducers.ThresholdReducer(low=0),
     "mean": reducers.MeanReducer,
     "sum": reducers.SumReducer,
 }
@@ -211,7 +212,7 @@ def comparable_batches(distance: str) -> Iterator[Sample]:
 @by_dtype
 @by_distance
 def test_triplet_margin_loss_over_all_triplets(distance, dtype):
-    settings = zip(REDUCERS.values(), (0.05, 0.05, 0.4, 0.9), strict=True)
+    settings = zip(REDUCERS.values(), (0.05, 0.05, 0.2, 0.4, 0.9), strict=True)
     for sample, (reducer, margin) in itertools.product(comparable_batches(distance), settings):
         options = {"margin": margin, "reducer": reducer(), "distance": DISTANCES[distance]()}
         compare(ours.TripletMarginLoss(**options), losses.TripletMarginLoss(**options), sample, dtype)
@@ -660,6 +661,20 @@ def test_unsupported_distances(distance):
             cls(distance=distance)
 
 
+def test_modules_show_their_options():
+    assert repr(ours.TripletMarginLoss(0.1, swap=True)) == (
+        "TripletMarginLoss(margin=0.1, swap=True, smooth_loss=False, triplets_per_anchor='all',"
+        " reduction='mean_nonzero')"
+    )
+    assert repr(ours.ContrastiveLoss(reducer=reducers.MeanReducer())).startswith(
+        "ContrastiveLoss(\n  pos_margin=0, neg_margin=1, reduction='mean'\n"
+    )
+    assert repr(ours.BatchHardMiner()) == (
+        "BatchHardMiner(pos_strategy='hard', neg_strategy='hard', allowed_pos_range=None,"
+        " allowed_neg_range=None)"
+    )
+
+
 def test_unsupported_arguments():
     for cls in (ours.TripletMarginLoss, ours.ContrastiveLoss):
         for reducer in (reducers.ThresholdReducer(low=0.1), reducers.DoNothingReducer()):
@@ -667,6 +682,9 @@ def test_unsupported_arguments():
                 ValueError, match=f"{cls.__name__}: reducer must be None, .*, got {type(reducer).__name__}"
             ):
                 cls(reducer=reducer)
+        wrong = (torch.zeros(2, dtype=torch.int64), 1, 2)
+        with pytest.raises(TypeError, match="indices_tuple must be three or four tensors, got 3 of"):
+            cls()(torch.randn(3, 2), torch.zeros(3, dtype=torch.int64), wrong)
         with pytest.raises(ValueError, match="embedding_regularizer must be None, got LpRegularizer"):
             cls(embedding_regularizer=regularizers.LpRegularizer())
         with pytest.raises(ValueError, match="collect_stats must be None or False"):

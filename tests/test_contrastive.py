@@ -59,6 +59,18 @@ def test_y_of_any_real_dtype(dtype: torch.dtype) -> None:
     assert loss.dtype == torch.float32 and torch.equal(loss, contrastive_loss(x1, x2, y))
 
 
+@pytest.mark.parametrize("function", [contrastive_loss, reference.contrastive_loss])
+@pytest.mark.parametrize("wrong", [-1, 2, 1.5, math.nan, math.inf])
+def test_labels_that_are_neither_are_no_silent_number(wrong: float, function) -> None:
+    x1, x2, _ = pairs(3)
+    loss = function(x1, x2, torch.tensor([1, wrong, 0.5]), margin=9, reduction="none")
+    assert loss.isnan().tolist() == [False, True, False]
+    (gradient,) = torch.autograd.grad(loss.sum(), x1)
+    assert gradient.isfinite()[[0, 2]].all()
+    if function is contrastive_loss:
+        assert gradient[1].isnan().all()
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_gradients(reduction: str) -> None:
     x1, x2, y = pairs(dtype=torch.float64)

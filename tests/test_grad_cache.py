@@ -405,3 +405,9 @@ def test_errors(model, inputs, loss, options, kind, message):
     assert type(raised.value) is kind and str(raised.value) == f"cached_backward: {message}"
     if isinstance(model, Module):
         assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_frozen_model_has_nothing_to_go_back_to():
+    frozen = torch.nn.Linear(WIDTH, 4).requires_grad_(False)
+    with pytest.raises(ValueError, match="^cached_backward: the output of model must be of parameters"):
+        cached_backward(frozen, X, lambda e: e.sum(), **CHUNKED)

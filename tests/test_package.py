@@ -37,6 +37,22 @@ def test_an_unbuilt_checkout_says_how_to_build_it(tmp_path):
     message = process.stderr[process.stderr.rindex("ImportError: ") :]
     assert "deepsim_ext._C could not be loaded" in message
     assert "    pip install --no-build-isolation -e .\n" in message
+    assert f"found the package in {tmp_path / 'deepsim_ext'}." in message and "leave that folder" in message
+
+
+def test_parts_that_take_time_are_imported_on_demand():
+    code = """
+import sys, deepsim_ext
+for name in ("verification", "recognition", "evaluation", "distributed", "mapped", "compat", "stylize"):
+    assert f"deepsim_ext.{name}" not in sys.modules, name
+    assert getattr(deepsim_ext, name) is sys.modules[f"deepsim_ext.{name}"]
+    assert name in dir(deepsim_ext)
+deepsim_ext.nonsense
+"""
+    process = python("-c", code)
+    assert process.stderr.splitlines()[-1] == (
+        "AttributeError: module 'deepsim_ext' has no attribute 'nonsense'"
+    )
 
 
 def test_info_prints_what_a_bug_report_needs():

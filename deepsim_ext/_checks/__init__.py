@@ -22,7 +22,7 @@ from .batch import (
     mining_strategies,
     semi_hard_options,
 )
-from .grad_cache import cached_backward, chunk_embeddings, loss_value, unrelated_loss
+from .grad_cache import cached_backward, chunk_embeddings, loss_value, trained_embeddings, unrelated_loss
 from .layers import (
     GRAM_DISTANCES,
     GRAM_NORMALIZATIONS,
@@ -111,6 +111,7 @@ __all__ = [
     "style_options",
     "total_variation",
     "total_variation_options",
+    "trained_embeddings",
     "triplet_margin",
     "triplet_margin_options",
     "unrelated_loss",

@@ -45,12 +45,12 @@ def batch_hard(
     check_labels(function, "labels", labels, "N", "embeddings", embeddings)
     if ref_embeddings is None and ref_labels is None:
         return BatchHardArguments(embeddings, labels, None, None)
-    if ref_labels is None:
-        raise error(ValueError, function, "ref_labels", "given together with ref_embeddings", "None")
     if ref_embeddings is None:
         raise error(ValueError, function, "ref_embeddings", "given together with ref_labels", "None")
     self_form = ref_embeddings is embeddings
     check_embeddings(function, "ref_embeddings", ref_embeddings, "[M, D]")
+    if ref_labels is None:
+        raise error(ValueError, function, "ref_labels", "given together with ref_embeddings", "None")
     check_columns(function, "ref_embeddings", ref_embeddings, "M", "embeddings", embeddings)
     embeddings, ref_embeddings = match_dtypes(
         function, "embeddings", embeddings, "ref_embeddings", ref_embeddings, (embeddings.dtype,)

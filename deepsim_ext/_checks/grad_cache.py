@@ -44,6 +44,14 @@ def chunk_embeddings(function: str, x: Any, first: Tensor | None) -> Tensor:
     return x
 
 
+def trained_embeddings(function: str, x: Tensor) -> Tensor:
+    """What the model makes of a chunk in the second pass, with a graph."""
+    if not x.requires_grad:
+        expected = "of parameters or inputs that require grad"
+        raise error(ValueError, function, "the output of model", expected, "one without a gradient")
+    return x
+
+
 def loss_value(function: str, result: Any) -> Tensor:
     """The loss of what the function of the embeddings returned."""
     argument, value = "the result of loss", getattr(result, "loss", result)

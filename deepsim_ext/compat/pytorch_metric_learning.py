@@ -7,8 +7,9 @@ of an integer dtype [N] and [M]. Losses are scalars in float32, or in float64 fo
 
 `distance` is None (as theirs: Euclidean between L2-normalised embeddings) or one of their objects:
 LpDistance(p=2) with power 1 or 2, normalised or not; CosineSimilarity; DotProductSimilarity of normalised
-embeddings. `reducer` is None (as theirs: AvgNonZeroReducer), or an AvgNonZeroReducer, MeanReducer or
-SumReducer. Both are told by the name of their class, so that nothing is imported from there.
+embeddings. `reducer` is None (as theirs: AvgNonZeroReducer), or an AvgNonZeroReducer, a ThresholdReducer with
+low=0 alone, a MeanReducer or a SumReducer. Both are told by the name of their class, so that nothing is
+imported from there.
 
 Not supported, and an error that names the argument: other distances and reducers, embedding regularizers,
 collected statistics, negative margins.
@@ -42,7 +43,12 @@ __all__ = [
     "TripletMarginMiner",
 ]
 
-_REDUCTIONS = {"AvgNonZeroReducer": "mean_nonzero", "MeanReducer": "mean", "SumReducer": "sum"}
+_REDUCTIONS = {
+    "AvgNonZeroReducer": "mean_nonzero",
+    "ThresholdReducer": "mean_nonzero",
+    "MeanReducer": "mean",
+    "SumReducer": "sum",
+}
 
 # Farther than any two rows can be apart: as pos_margin it leaves the negatives alone.
 _FAR = torch.finfo(torch.float32).max
@@ -59,12 +65,17 @@ class _Distance(NamedTuple):
 class _Module(nn.Module):
     """What miners and losses have in common: how they measure, and how they are called."""
 
+    _shown: tuple[str, ...] = ()  # attributes
+
     def __init__(self, distance: Any, collect_stats: bool | None) -> None:
         super().__init__()
         if collect_stats:
             raise error(ValueError, type(self).__name__, "collect_stats", "None or False", "True")
         self._distance = _distance_of(type(self).__name__, distance)
         self.distance = distance
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._shown)
 
     def _batch(
         self,
@@ -133,6 +144,7 @@ class BatchEasyHardMiner(_Miner):
     chunks of anchors. Identical rows: the lowest index.
     """
 
+    _shown = ("pos_strategy", "neg_strategy", "allowed_pos_range", "allowed_neg_range")
     HARD, SEMIHARD, EASY, ALL = "hard", "semihard", "easy", "all"
     all_batch_mining_strategies = [HARD, SEMIHARD, EASY, ALL]
 
@@ -216,6 +228,8 @@ class TripletMarginMiner(_Miner):
     """All triplets inside the margin ("all"), those of them with the negative nearer ("hard") or farther
     ("semihard") than the positive, or all others ("easy"); plain torch in chunks of anchors."""
 
+    _shown = ("margin", "type_of_triplets")
+
     def __init__(
         self,
         margin: float = 0.2,
@@ -253,9 +267,7 @@ class _Loss(_Module):
         name = type(self).__name__
         if embedding_regularizer is not None:
             raise error(ValueError, name, "embedding_regularizer", "None", describe(embedding_regularizer))
-        self._reduction = _REDUCTIONS.get("AvgNonZeroReducer" if reducer is None else type(reducer).__name__)
-        if self._reduction is None:
-            raise error(ValueError, name, "reducer", f"None, {' or '.join(_REDUCTIONS)}", describe(reducer))
+        self.reduction = _reduction_of(name, reducer)
         self.reducer = reducer
 
     def forward(
@@ -271,6 +283,9 @@ class _Loss(_Module):
             raise error(ValueError, type(self).__name__, "labels", "given without indices_tuple", "None")
         if indices_tuple is None:
             return self._all(self._batch(embeddings, labels, ref_emb, ref_labels))
+        if len(indices_tuple) not in (3, 4) or not all(isinstance(i, Tensor) for i in indices_tuple):
+            got = f"{len(indices_tuple)} of {', '.join(sorted({describe(i) for i in indices_tuple}))}"
+            raise error(TypeError, type(self).__name__, "indices_tuple", "three or four tensors", got)
         batch = self._batch(embeddings, None, ref_emb, None)
         return self._listed(batch, tuple(i.to(embeddings.device).long() for i in indices_tuple))
 
@@ -287,7 +302,7 @@ class _Loss(_Module):
     def _reduced(self, batch: Batch, losses: Tensor) -> Tensor:
         """NaN where an embedding is not finite, chosen or not, as everywhere in this package."""
         both = _pairs.nothing(batch.embeddings) + _pairs.nothing(batch.ref_embeddings)
-        return _pairs.reduce(losses, self._reduction) + both
+        return _pairs.reduce(losses, self.reduction) + both
 
     def _distances(self, x: Tensor, ref: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return _pairs.listed_distances(x, ref, i, j, self._distance.name)
@@ -299,6 +314,8 @@ class TripletMarginLoss(_Loss):
     All triplets are the fused `batch_all_triplet_loss`; with `swap` or `smooth_loss` plain torch in chunks of
     anchors. `triplets_per_anchor`: "all", or how many to draw for each anchor, from torch's generator.
     """
+
+    _shown = ("margin", "swap", "smooth_loss", "triplets_per_anchor", "reduction")
 
     def __init__(
         self,
@@ -327,7 +344,7 @@ class TripletMarginLoss(_Loss):
                 *batch.arguments,
                 margin=self.margin,
                 distance=self._distance.name,
-                reduction=self._reduction,
+                reduction=self.reduction,
             )
         return self._in_chunks(batch)
 
@@ -336,7 +353,7 @@ class TripletMarginLoss(_Loss):
 
     def _in_chunks(self, batch: Batch) -> Tensor:
         return _pairs.all_triplets_loss(
-            batch, self._loss, swap=self.swap, distance=self._distance.name, reduction=self._reduction
+            batch, self._loss, swap=self.swap, distance=self._distance.name, reduction=self.reduction
         )
 
     def _listed(self, batch: Batch, indices: tuple[Tensor, ...]) -> Tensor:
@@ -358,6 +375,8 @@ class ContrastiveLoss(_Loss):
     With a similarity s: relu(pos_margin - s) and relu(s - neg_margin), margins up to 1. All pairs are the
     fused `batch_contrastive_loss` (twice for a MeanReducer, which has two denominators).
     """
+
+    _shown = ("pos_margin", "neg_margin", "reduction")
 
     def __init__(self, pos_margin: float = 0, neg_margin: float = 1, **options: Any) -> None:
         super().__init__(**options)
@@ -397,8 +416,8 @@ class ContrastiveLoss(_Loss):
             )
 
         pos_margin, neg_margin = self._margins
-        if self._reduction != "mean":
-            return loss(pos_margin, neg_margin, reduction=self._reduction)
+        if self.reduction != "mean":
+            return loss(pos_margin, neg_margin, reduction=self.reduction)
         positive = loss(pos_margin, 0.0, reduction="sum", return_stats=True)
         negative = loss(_FAR, neg_margin, reduction="sum", return_stats=True)
         pairs = (positive.positive_pairs - copies).clamp(min=1), negative.negative_pairs.clamp(min=1)
@@ -410,7 +429,7 @@ class ContrastiveLoss(_Loss):
             self._positive,
             self._negative,
             distance=self._distance.name,
-            reduction=self._reduction,
+            reduction=self.reduction,
         )
 
     def _listed(self, batch: Batch, indices: tuple[Tensor, ...]) -> Tensor:
@@ -545,6 +564,17 @@ def _distance_of(name: str, distance: Any) -> _Distance:
     )
     got = f"{kind} with p={p}, power={power}, normalize_embeddings={normalized}"
     raise error(ValueError, name, "distance", expected, got)
+
+
+def _reduction_of(name: str, reducer: Any) -> str:
+    """Reads one of their reducers, likewise."""
+    kind = "AvgNonZeroReducer" if reducer is None else type(reducer).__name__
+    low, high = getattr(reducer, "low", 0), getattr(reducer, "high", None)
+    if kind in _REDUCTIONS and (low, high) == (0, None):
+        return _REDUCTIONS[kind]
+    expected = "None, AvgNonZeroReducer, ThresholdReducer with low=0 and no high, MeanReducer or SumReducer"
+    got = f"{kind} with low={low}, high={high}" if kind == "ThresholdReducer" else describe(reducer)
+    raise error(ValueError, name, "reducer", expected, got)
 
 
 def _check(

@@ -81,6 +81,10 @@ def is_differentiated(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
 
+# The same, by its name since torch 2.13 or before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 def gather_rows(x: Tensor, batches: Batches) -> Tensor:
     """[N, ...] of all ranks' [n, ...], in global order."""
     if batches.group is None:
@@ -88,7 +92,7 @@ def gather_rows(x: Tensor, batches: Batches) -> Tensor:
     most = max(batches.sizes)
     padded = x if len(x) == most else torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
     gathered = x.new_empty(batches.world_size, most, *x.shape[1:])
-    dist.all_gather_into_tensor(as_bytes(gathered), as_bytes(padded), group=batches.group)
+    _all_gather(as_bytes(gathered), as_bytes(padded), group=batches.group)
     if len(set(batches.sizes)) == 1:
         return gathered.flatten(0, 1)
     return torch.cat([part[:size] for part, size in zip(gathered, batches.sizes, strict=True)])

@@ -22,7 +22,7 @@ def contrastive_loss(
     d = rowwise(x1.to(dtype), x2.to(dtype), "euclidean")
     d2 = rowwise(x1.to(dtype), x2.to(dtype), "sqeuclidean")
     loss = y * d2 + (1 - y) * (margin - d).relu() ** 2
-    loss = torch.where(d2.isfinite(), loss, torch.nan)
+    loss = torch.where(d2.isfinite() & (y >= 0) & (y <= 1), loss, torch.nan)
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" or len(loss) == 0 else loss.mean()
