@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import platform
+import sys
 from collections.abc import Sequence
 
 import torch
 
 from . import __version__, build_info, demo, profile_mining, recognition, stylize
+from ._command_line import ends_quietly
 from .verification import command as verify
 
 
+@ends_quietly
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m deepsim_ext", description="Deep similarity, fast.")
@@ -47,6 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     recognition.add_identify_arguments(identify_command)
     identify_command.set_defaults(run=recognition.run_identify)
     arguments = parser.parse_args(argv)
+    try:
+        build_info()
+    except ValueError as problem:  # of DEEPSIM_CPU_CAPABILITY
+        print(f"deepsim_ext: {problem}", file=sys.stderr)
+        return 2
     return arguments.run(arguments)
 
 

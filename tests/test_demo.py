@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepsim_ext import demo, functional
+from deepsim_ext import cli, demo, functional
 
 
 @pytest.fixture
@@ -152,7 +152,14 @@ def test_interrupt(installed: None, monkeypatch: pytest.MonkeyPatch, tmp_path: P
         raise KeyboardInterrupt
 
     monkeypatch.setattr(metric_learning, "load_images", interrupted)
-    assert demo.run(arguments("--only", "metric", "--output", tmp_path)) == 130
+    assert cli.main(["demo", "--only", "metric", "--output", str(tmp_path)]) == 130
+
+
+def test_output_is_a_file(installed: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert cli.main(["demo", "--output", str(file)]) == 2
+    assert capsys.readouterr().err == f"demo: [Errno 17] File exists: '{file}'\n"
 
 
 def test_eager_versions_agree() -> None:

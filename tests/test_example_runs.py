@@ -66,6 +66,15 @@ def test_the_command_prints_means_and_spreads(capsys):
     assert capsys.readouterr().out.splitlines()[1].split() == ["a", "network", "0.500", "0.250"]
 
 
+def test_ctrl_c_is_a_line(capsys, monkeypatch):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(digits_one_shot, "load_images", interrupted)
+    assert digits_one_shot.main(["--seeds", "1"]) == 130
+    assert capsys.readouterr() == ("", "\ninterrupted\n")
+
+
 def test_no_seeds(capsys):
     with pytest.raises(SystemExit):
         digits_one_shot.main(["--seeds", "0"])

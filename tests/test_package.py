@@ -70,6 +70,17 @@ def test_info_prints_what_a_bug_report_needs():
     assert rows["CUDA in torch"].startswith(torch.version.cuda or "no, ")
 
 
+@pytest.mark.parametrize("command", ["info", "demo"])
+def test_kernels_that_this_processor_lacks_are_one_line(command, tmp_path):
+    process = python(
+        "-m", "deepsim_ext", command, PYTHONPATH=str(ROOT), DEEPSIM_CPU_CAPABILITY="foo", cwd=tmp_path
+    )
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr.startswith("deepsim_ext: DEEPSIM_CPU_CAPABILITY must be one of ")
+    assert process.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("arguments", [[], ["nonsense"]])
 def test_a_wrong_command_names_the_right_ones(arguments):
     process = python("-m", "deepsim_ext", *arguments)

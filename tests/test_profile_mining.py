@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs the extra profile",
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--rows", "60", "--dims", "8", "--seconds", "0.01"]
 
 
@@ -39,6 +42,7 @@ def profile(folder: Path, *options: str) -> dict:
 def test_every_combination_becomes_a_record(tmp_path, capsys):
     grid = ["--rows", "60", "90", "--dims", "8", "--dtypes", "float32", "bfloat16", "--per-class", "3", "5"]
     losses = ["--losses", *profile_mining.LOSSES]
+    (tmp_path / "of_others.txt").touch()
     found = profile(tmp_path, *grid, *losses, "--distances", "euclidean", "cosine", "--seconds", "0.01")
     records = found["records"]
     assert len(records) == 2 * 2 * 2 * len(profile_mining.LOSSES) * 2
@@ -63,6 +67,7 @@ def test_every_combination_becomes_a_record(tmp_path, capsys):
         assert set(r["stages_ms"]) == stages
         assert (r["backward_ms"]["p50"] == 0) == (r["loss"] == "mine")
     printed = capsys.readouterr().out
+    assert printed.endswith(f"written to {tmp_path}: profile.csv, profile.json, roofline.png\n")
     assert "anchors/s" in printed and "recompute" in printed and "is for Euclidean distances" in printed
     rows = list(csv.DictReader((tmp_path / "profile.csv").open()))
     assert len(rows) == len(records)
@@ -146,7 +151,21 @@ def test_ctrl_c_keeps_the_cases_so_far(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "profile", interrupted)
     assert main(["profile-mining", *QUICK, "--dims", "4", "8", "--output", str(tmp_path)]) == 130
     assert len(json.loads((tmp_path / "profile.json").read_text())["records"]) == 1
-    assert "interrupted" in capsys.readouterr().err
+    assert capsys.readouterr().err == "\nprofile-mining: interrupted; the cases so far are written\n"
+
+
+@pytest.mark.parametrize("where", ["peaks", "profile"])
+def test_ctrl_c_before_the_first_case_is_through_writes_nothing(tmp_path, monkeypatch, capsys, where):
+    from deepsim_ext.profile_mining import measure
+
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, where, interrupted)
+    assert main(["profile-mining", *QUICK, "--output", str(tmp_path)]) == 130
+    left = "no case was finished, nothing is written"
+    assert capsys.readouterr().err == f"\nprofile-mining: interrupted; {left}\n"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -169,14 +188,51 @@ def test_unusable_files_are_one_line(tmp_path, capsys, arrays, message):
         if name in arrays:
             np.save(tmp_path / f"{name}.npy", arrays[name], allow_pickle=True)
             options += [option, str(tmp_path / f"{name}.npy")]
-    assert main(["profile-mining", *options]) == 1
+    assert main(["profile-mining", *options]) == 2
     error = capsys.readouterr().err
     assert error.startswith("profile-mining: ") and message in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("option", ["--rows", "--dims", "--per-class"])
+def test_sizes_of_ones_own_data_are_not_asked_for(tmp_path, capsys, option):
+    options = ["--embeddings", "x.npy", "--labels", "y.npy", "--output", str(tmp_path / "out")]
+    assert main(["profile-mining", *options, option, "10"]) == 2
+    assert capsys.readouterr().err == f"profile-mining: {option} does not go with --embeddings\n"
+
+
+def test_an_output_that_is_no_folder_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["profile-mining", *QUICK, "--output", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err == f"profile-mining: [Errno 17] File exists: '{tmp_path}/file'\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--rows", "abc", "an integer >= 1"),
+        ("--dims", "0", "an integer >= 1"),
+        ("--seconds", "0", "a finite number > 0"),
+        ("--seconds", "-1", "a finite number > 0"),
+        ("--seconds", "nan", "a finite number > 0"),
+        ("--margin", "inf", "a finite number >= 0"),
+    ],
+)
+def test_wrong_values_are_argparses(capsys, option, value, expected):
+    with pytest.raises(SystemExit, match="2"):
+        main(["profile-mining", option, value])
+    assert f"argument {option}: must be {expected}, got '{value}'\n" in capsys.readouterr().err
+
+
+def test_the_profiler_is_silent(tmp_path):
+    options = [*QUICK, "--output", str(tmp_path)]
+    command = [sys.executable, "-m", "deepsim_ext", "profile-mining", *options]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (process.returncode, process.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("device", ["nowhere", "meta"])
 def test_an_unusable_device_is_one_line(tmp_path, capsys, device):
-    assert main(["profile-mining", *QUICK, "--devices", device, "--output", str(tmp_path)]) == 1
+    assert main(["profile-mining", *QUICK, "--devices", device, "--output", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert f"profile-mining: device {device}: " in error and error.count("\n") == 1
 

@@ -289,6 +289,12 @@ def test_a_loss_that_is_not_finite():
     assert str(raised.value) == "stylize: the loss is inf, its gradient nan: use smaller weights"
 
 
+def test_steps_of_adam_to_where_the_loss_is_not_finite():
+    with pytest.raises(ValueError) as raised:
+        stylized(optimizer="adam", learning_rate=1e30)
+    assert str(raised.value) == "stylize: the loss is nan, its gradient nan: use a smaller learning_rate"
+
+
 def test_a_step_to_where_the_loss_is_not_finite_is_taken_again_shorter(monkeypatch):
     right, calls = Transfer._evaluate, []
 
@@ -367,6 +373,13 @@ def test_state_of_another_run():
             other.load_state_dict(state)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_where_gradients_are_off(mode):
+    with mode():
+        image = stylized(picture(1), picture(2, 30, 30))[0]
+    assert torch.equal(image, stylized()[0])
+
+
 def test_a_callback_can_stop_it():
     def stop(record: Record, image: Tensor) -> None:
         raise KeyboardInterrupt
@@ -414,6 +427,26 @@ def test_wrong_arguments(options, message):
         stylize(arguments.pop("content"), arguments.pop("styles"), **arguments)
     text = str(raised.value)
     assert text.startswith("stylize: ") and message in text and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("pictures", "argument", "found"),
+    [
+        ((255 * CONTENT.round(), STYLE), "content", "0 to 255"),
+        ((CONTENT, [STYLE, 2 * STYLE.round() - 1]), "styles[1]", "-1 to 1"),
+        ((CONTENT - torch.inf, STYLE), "content", "-inf to -inf"),
+        ((CONTENT, STYLE.log().sqrt()), "styles[0]", "nan to nan"),
+    ],
+)
+def test_values_of_pictures_that_are_refused(pictures, argument, found):
+    with pytest.raises(ValueError) as raised:
+        stylize(*pictures, **QUICK)
+    expected = f"{argument} must be finite and within [0, 1], got values from {found}"
+    assert str(raised.value) == f"stylize: {expected}"
+
+
+def test_values_of_pictures_may_be_rounded():
+    stylized(1.002 * CONTENT.round() - 0.001, steps=1)
 
 
 # ---- the command -------------------------------------------------------------------------------------------
@@ -566,6 +599,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         ([], {"weights": "none.pth"}, "VGG19Features: weights must be a file, got none.pth"),
         ([], {"weights": "style.png"}, "VGG19Features: weights must be a file with the state_dict of"),
         ([], {"style_weight": 3e38, "preset": "sum"}, "the loss is inf, its gradient nan: use smaller"),
+        ([], {"optimizer": "adam", "learning_rate": 1e30}, "the loss is nan, its gradient nan: use a s"),
         (["--preview-every", "0"], {}, "--preview-every must be at least 1, got 0"),
         (["--log", "none/run.jsonl"], {}, "none/run.jsonl: no folder none"),
         (["--plot", "loss.doc"], {}, "loss.doc: expected the name of a picture"),
@@ -604,6 +638,27 @@ def test_unusable_pictures_are_one_line(folder, capsys, monkeypatch):
     monkeypatch.setattr(Transfer, "_evaluate", no_room)
     assert command_line() == 2
     assert one_line(capsys) == "not enough memory: try a smaller --size"
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["-o", "{input}"],
+        ["-o", "out.png", "--log", "{input}"],
+        ["-o", "out.png", "--plot", "{input}"],
+    ],
+    ids=str,
+)
+def test_what_is_read_is_not_overwritten(folder, capsys, extra):
+    Path("link.png").symlink_to("content.png")
+    reads = ["./content.png", "style.png", "--content-masks", "left.png", "--style-masks", "right.png"]
+    reads += ["--start", "other.png"]
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for name in before:
+        line = [argument.format(input=name) for argument in extra]
+        assert main(["stylize", *reads, *line, *arguments()]) == 2
+        assert one_line(capsys) == f"{name}: one of the files to read, which it would overwrite"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_an_error_that_is_ours_keeps_its_traceback(folder, monkeypatch):

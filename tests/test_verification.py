@@ -180,6 +180,16 @@ def test_interval_is_students():
         assert result.interval[0] < result.mean < result.interval[1]
 
 
+def test_an_interval_is_one_of_rates():
+    """One pair in a hundred is told wrongly, or one rightly."""
+    same = np.arange(100) % 2 == 0
+    d = np.where(same, 0.5, 2.5)
+    d[0] = 3.5
+    for distances, end, bound in ((d, 1, 1.0), (3 - d, 0, 0.0)):
+        result = kfold_accuracy(distances, same, thresholds=[1.5])
+        assert result.interval[end] == bound and 0 < result.interval[1 - end] < 1
+
+
 # ---- thresholds --------------------------------------------------------------------------------------------
 
 

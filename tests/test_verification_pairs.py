@@ -345,8 +345,14 @@ def test_damaged_arrays_load_or_say_which_file(tmp_path_factory, cut, at, byte):
 
 def test_pairs_from_a_file(tmp_path):
     path = tmp_path / "pairs.csv"
-    for header in ("", "first,second,same\n", "first, second, same\r\n"):
-        path.write_text(header + "0,1,1\n7, 2 ,0\r\n3,3,1")
+    for header in (
+        "",
+        "first,second,same\n",
+        "first, second, same\r\n",
+        "\ufefffirst,second,same\n",
+        "\ufeff",
+    ):
+        path.write_text(header + "0,1,1\n7, 2 ,0\r\n3,3,1", encoding="utf-8")
         found = read_pairs(path)
         assert found.pairs.tolist() == [[0, 1], [7, 2], [3, 3]] and found.pairs.dtype == np.int64
         assert found.same.tolist() == [True, False, True]

@@ -188,6 +188,7 @@ def test_errors_are_one_line_and_leave_nothing(data, capsys):
             "val_at_far: same must be of both kinds in each",
         ),
         (lambda: case(good, "--pairs", "--count", "3"), "--count goes with --labels, got it with --pairs"),
+        (lambda: case(good, "--pairs", "--seed", "0"), "--seed goes with --labels, got it with --pairs"),
         (lambda: case(good, "--pairs", "--folds", "1"), "kfold_accuracy: folds must be an integer from 2"),
         (
             lambda: case(labels[1:], "--labels"),
@@ -199,11 +200,11 @@ def test_errors_are_one_line_and_leave_nothing(data, capsys):
         ),
         (
             lambda: case(labels * 0, "--labels"),
-            "balanced_pairs: count must be at most 0, for there are 16110",
+            f"--labels: {npy} has no pair of different labels",
         ),
         (
             lambda: case(np.arange(180), "--labels"),
-            "balanced_pairs: count must be at most 0, for there are 0 ",
+            f"--labels: {npy} has no pair of the same label",
         ),
         (
             lambda: case(labels, "--labels", "--count", "451"),

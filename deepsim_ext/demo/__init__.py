@@ -36,23 +36,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the demo; exit code 0, 1 if a check failed or a package is missing, 130 after Ctrl-C."""
+    """Runs the demo; exit code 0, 1 if a check failed or a package is missing, 2 for an unusable folder."""
     missing = [name for module, name in PACKAGES.items() if importlib.util.find_spec(module) is None]
     if missing:
         print(f'demo: {", ".join(missing)} not installed; pip install "deepsim-ext[demo]"', file=sys.stderr)
         return 1
-    try:
-        return _run(args)
-    except KeyboardInterrupt:
-        print("\ndemo: interrupted", file=sys.stderr)
-        return 130
-
-
-def _run(args: argparse.Namespace) -> int:
     from . import losses, metric_learning, report, style_transfer
 
     runs = {"metric": metric_learning.run, "losses": losses.run, "style": style_transfer.run}
-    args.output.mkdir(parents=True, exist_ok=True)
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        print(f"demo: {problem}", file=sys.stderr)
+        return 2
     parts = [run(args.output, quick=args.quick) for name, run in runs.items() if args.only in (None, name)]
     print(report.write(parts, args.output))
     print(f"\nfigures and report: {args.output.resolve()}")

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._command_line import ends_quietly
 from ..nearest_neighbors import nearest_neighbors
 from ..verification import pair_distances
 
@@ -57,6 +58,7 @@ def verification_auc(embeddings: Tensor, labels: Tensor, pairs: int = 20_000) ->
     return float(roc_auc_score(same, -pair_distances(embeddings, drawn)))
 
 
+@ends_quietly
 def main(
     name: str,
     description: str,

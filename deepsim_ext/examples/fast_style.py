@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .._command_line import ends_quietly
 from .._files import write_beside
 from ..nn import StyleTransferLoss
 from ..presets import style_preset
@@ -212,6 +213,7 @@ def read_photos(folder: Path, size: int) -> dict[str, Tensor]:
     return photos
 
 
+@ends_quietly
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains, and writes to a folder; exit code 0, 1 for a missing package, 2 for unusable input."""
     parser = argparse.ArgumentParser(

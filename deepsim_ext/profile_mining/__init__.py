@@ -9,9 +9,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
-import math
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .._command_line import integer, not_negative, positive
+
+if TYPE_CHECKING:
+    from .measure import Record
 
 # import name -> name on PyPI
 PACKAGES = {"matplotlib": "matplotlib", "tqdm": "tqdm"}
@@ -19,24 +24,38 @@ LOSSES = ("batch_hard", "batch_hard_soft", "semi_hard", "batch_all", "mine", "to
 DISTANCES = ("euclidean", "sqeuclidean", "cosine")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 ROWS, SIMULATED_ROWS = [1024, 4096, 16384], [2**20]
+DIMS, PER_CLASS = [128, 512], [4]
 MACHINES = ("h200-infiniband", "h200-nvlink", "local")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options to a parser."""
+    at_least_1 = integer(1)
     grid = parser.add_argument_group("what is measured: every combination of these")
     grid.add_argument(
         "--rows",
-        type=_positive,
+        type=at_least_1,
         nargs="+",
         metavar="N",
         help=f"default: {' '.join(map(str, ROWS))}, or {SIMULATED_ROWS[0]} with --simulate",
     )
-    grid.add_argument("--dims", type=_positive, nargs="+", default=[128, 512], metavar="D")
     grid.add_argument(
-        "--per-class", type=_positive, nargs="+", default=[4], metavar="K", help="rows of each class"
+        "--dims",
+        type=at_least_1,
+        nargs="+",
+        metavar="D",
+        help=f"numbers in an embedding (default: {' '.join(map(str, DIMS))})",
     )
-    grid.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
+    grid.add_argument(
+        "--per-class",
+        type=at_least_1,
+        nargs="+",
+        metavar="K",
+        help=f"rows of each class (default: {PER_CLASS[0]})",
+    )
+    grid.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, default=["float32"], help="of embeddings (default: float32)"
+    )
     grid.add_argument(
         "--losses",
         nargs="+",
@@ -44,16 +63,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["batch_hard"],
         help="batch_hard_triplet_loss, the same with a soft margin, batch_semi_hard_triplet_loss,"
         " batch_all_triplet_loss, batch_hard_mine alone, and the usual batch-hard loss of N x N matrices in"
-        " plain torch",
+        " plain torch (default: batch_hard)",
     )
-    grid.add_argument("--distances", nargs="+", choices=DISTANCES, default=["euclidean"])
-    grid.add_argument("--devices", nargs="+", default=["cpu"], help="cpu, cuda, cuda:1, ...")
+    grid.add_argument(
+        "--distances",
+        nargs="+",
+        choices=DISTANCES,
+        default=["euclidean"],
+        help="between embeddings (default: euclidean)",
+    )
+    grid.add_argument("--devices", nargs="+", default=["cpu"], help="cpu, cuda, cuda:1, ... (default: cpu)")
     data = parser.add_argument_group("your own data instead of random embeddings")
     data.add_argument("--embeddings", type=Path, metavar="FILE.npy", help="[N, D], floating point")
     data.add_argument("--labels", type=Path, metavar="FILE.npy", help="[N], integers")
     ranks = parser.add_argument_group("what batch-hard over many ranks costs, instead: mode ring, by a model")
     ranks.add_argument("--simulate", action="store_true", help="predict, for --rows, --dims and --dtypes")
-    ranks.add_argument("--ranks", type=_positive, nargs="+", metavar="R")
+    ranks.add_argument("--ranks", type=at_least_1, nargs="+", metavar="R", help="how many")
     ranks.add_argument(
         "--machine",
         choices=MACHINES,
@@ -61,12 +86,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " are measured, and so is the time of 2 to 8 ranks",
     )
     ranks.add_argument(
-        "--bandwidth", type=_above_zero, metavar="GB/s", help="out of a rank, in place of the machine's"
+        "--bandwidth", type=positive, metavar="GB/s", help="out of a rank, in place of the machine's"
     )
-    ranks.add_argument("--latency", type=_above_zero, metavar="US", help="of a small message, microseconds")
-    ranks.add_argument("--rate", type=_above_zero, metavar="TFLOP/s", help="of a rank's tiles")
-    parser.add_argument("--margin", type=float, default=0.2)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of timed runs for each (default: 1)")
+    ranks.add_argument("--latency", type=positive, metavar="US", help="of a small message, microseconds")
+    ranks.add_argument("--rate", type=positive, metavar="TFLOP/s", help="of a rank's tiles")
+    parser.add_argument(
+        "--margin", type=not_negative, default=0.2, help="of the losses (default: %(default)s)"
+    )
+    parser.add_argument("--seconds", type=positive, default=1.0, help="of timed runs for each (default: 1)")
     parser.add_argument(
         "--output", type=Path, default=Path("profile_mining"), help="folder (default: %(default)s)"
     )
@@ -76,30 +103,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Profiles; exit code 0, 1 for a failed case, unusable input or a missing package, 130 after Ctrl-C."""
+    """Profiles; exit code 0, 1 for a failed case or missing package, 2 for unusable input, 130 at Ctrl-C."""
     try:
-        _check_simulation(args)
+        _check_together(args)
         if args.simulate:
             return _simulate(args)
     except ValueError as error:
-        print(f"profile-mining: {error}", file=sys.stderr)
-        return 1
+        return _unusable(error)
     missing = [name for module, name in PACKAGES.items() if importlib.util.find_spec(module) is None]
     if missing:
         names = ", ".join(missing)
         print(f'profile-mining: {names} not installed; pip install "deepsim-ext[profile]"', file=sys.stderr)
         return 1
+    records: list[Record] = []
     try:
-        return _run(args)
-    except ValueError as error:
-        print(f"profile-mining: {error}", file=sys.stderr)
-        return 1
+        return _run(args, records)
+    except BrokenPipeError:  # no input: for `ends_quietly`
+        raise
+    except (ValueError, OSError) as error:
+        return _unusable(error)
     except KeyboardInterrupt:
-        print("\nprofile-mining: interrupted; the cases so far are written", file=sys.stderr)
+        left = "the cases so far are written" if records else "no case was finished, nothing is written"
+        print(f"\nprofile-mining: interrupted; {left}", file=sys.stderr)
         return 130
 
 
-def _check_simulation(args: argparse.Namespace) -> None:
+def _unusable(problem: Exception) -> int:
+    print(f"profile-mining: {problem}", file=sys.stderr)
+    return 2
+
+
+def _check_together(args: argparse.Namespace) -> None:
     """ValueError for options of which one leaves the other without a meaning."""
     if args.simulate and args.ranks is None:
         raise ValueError("--simulate needs --ranks")
@@ -116,6 +150,10 @@ def _check_simulation(args: argparse.Namespace) -> None:
     for name, default in options.items():
         if getattr(args, name) != default:
             raise ValueError(f"--{name} does not go {'with' if args.simulate else 'without'} --simulate")
+    if args.embeddings:
+        for name in ("rows", "dims", "per_class"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} does not go with --embeddings")
 
 
 def _simulate(args: argparse.Namespace) -> int:
@@ -123,12 +161,14 @@ def _simulate(args: argparse.Namespace) -> int:
 
     units = {"bandwidth": 1e9, "latency": 1e-6, "rate": 1e12}
     overrides = {name: getattr(args, name) * unit for name, unit in units.items() if getattr(args, name)}
-    rows, machine = args.rows or SIMULATED_ROWS, args.machine or "h200-infiniband"
-    print(simulate.report(simulate.simulate(rows, args.dims, args.dtypes, args.ranks, machine, overrides)))
+    rows, dims = args.rows or SIMULATED_ROWS, args.dims or DIMS
+    machine = args.machine or "h200-infiniband"
+    print(simulate.report(simulate.simulate(rows, dims, args.dtypes, args.ranks, machine, overrides)))
     return 0
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, records: list[Record]) -> int:
+    """Adds to `records` as cases end; whatever happens then, those there are get written."""
     from tqdm import tqdm
 
     from . import measure, report
@@ -138,7 +178,7 @@ def _run(args: argparse.Namespace) -> int:
         measure.check_device(device)
     options = itertools.product(args.devices, args.losses, args.distances, args.dtypes)
     if own is None:
-        sizes = list(itertools.product(args.dims, args.rows or ROWS, args.per_class))
+        sizes = list(itertools.product(args.dims or DIMS, args.rows or ROWS, args.per_class or PER_CLASS))
     else:
         sizes = [(own.embeddings.shape[1], own.embeddings.shape[0], 0)]
     cases = [measure.Case(*o, *s) for o in options for s in sizes]
@@ -151,7 +191,7 @@ def _run(args: argparse.Namespace) -> int:
     except RuntimeError as error:
         raise ValueError(f"one large product and copy: {str(error).splitlines()[0]}") from None
     progress.update()
-    records: list[measure.Record] = []
+    files: list[str] = []
     try:
         for case in cases:
             progress.set_description(str(case))
@@ -160,24 +200,11 @@ def _run(args: argparse.Namespace) -> int:
         ran = [case for case, record in zip(cases, records, strict=True) if "both_ms" in record]
         if args.trace and ran:
             measure.trace(ran[0], own, margin=args.margin, path=args.output / "trace.json")
+            files.append("trace.json")
     finally:
         progress.close()
         if records:
-            report.write(records, peaks, args.output)
+            files += report.write(records, peaks, args.output)
     print(report.table(records))
-    print(f"\nwritten to {args.output.resolve()}: {', '.join(sorted(p.name for p in args.output.iterdir()))}")
+    print(f"\nwritten to {args.output.resolve()}: {', '.join(sorted(files))}")
     return int(any("failed" in record for record in records))
-
-
-def _above_zero(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number > 0, got {text}")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number >= 1, got {text}")
-    return value

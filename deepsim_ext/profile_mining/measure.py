@@ -9,6 +9,7 @@ multiplied in float32, so that is their peak.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -272,6 +273,9 @@ def _profiler(case: Case) -> torch.profiler.profile:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if is_cuda(case.device):
         activities.append(torch.profiler.ProfilerActivity.CUDA)
+    else:
+        # Or it tells stderr of its start and stop, at a level above its errors, of which a CPU has none.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     return torch.profiler.profile(activities=activities)
 
 

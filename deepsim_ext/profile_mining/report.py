@@ -82,8 +82,8 @@ def _aligned(rows: list[list[str]]) -> str:
     )
 
 
-def write(records: Sequence[Record], peaks: Peaks, folder: Path) -> None:
-    """profile.json, profile.csv and roofline.png."""
+def write(records: Sequence[Record], peaks: Peaks, folder: Path) -> list[str]:
+    """Writes profile.json, profile.csv and, if anything was measured, roofline.png; returns their names."""
     machine = {
         "deepsim_ext": __version__,
         "torch": torch.__version__,
@@ -106,7 +106,11 @@ def write(records: Sequence[Record], peaks: Peaks, folder: Path) -> None:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(flat)
-    _roofline([r for r in records if "both_ms" in r], peaks, folder / "roofline.png")
+    measured = [r for r in records if "both_ms" in r]
+    if not measured:
+        return ["profile.json", "profile.csv"]
+    _roofline(measured, peaks, folder / "roofline.png")
+    return ["profile.json", "profile.csv", "roofline.png"]
 
 
 def _flat(record: Record) -> dict[str, Any]:
@@ -121,8 +125,6 @@ def _flat(record: Record) -> dict[str, Any]:
 
 def _roofline(records: Sequence[Record], peaks: Peaks, path: Path) -> None:
     """Rates of forward over the work's intensity, one panel for each device."""
-    if not records:
-        return
     matplotlib.use("Agg")
     devices = list(dict.fromkeys(r["device"] for r in records))
     figure, axes = plt.subplots(

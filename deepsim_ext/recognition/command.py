@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,14 +15,31 @@ from torch import Tensor
 from .._checks.options import DISTANCES
 from .._files import write_beside
 from .._npy import in_memory, map_embeddings
-from .gallery import Gallery, Identification
+from .gallery import Gallery
 from .storage import JSON_NAME, locked
+
+FILE = "floating point; float64 is read as float32"
+PRINTED = """\
+prints a line for every row of --embeddings, numbered from 0: the nearest identities and their distances,
+nearest first,
+
+    0: "ada" 0.31, unknown ("bob") 1.2
+
+where unknown is what is not nearer than the threshold, whoever it is nearest to in parentheses. Names are
+quoted as in JSON. --output writes the same as
+
+    {"distance": "cosine", "threshold": 0.5, "queries": [[
+        {"identity": "ada", "nearest": "ada", "distance": 0.31},
+        {"identity": null, "nearest": "bob", "distance": 1.2}]]}
+"""
+
+Candidate = dict[str, str | float | None]
 
 
 def add_enroll_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `enroll` to a parser."""
     parser.add_argument("gallery", type=Path, help="folder of the gallery; made if need be")
-    parser.add_argument("--embeddings", type=Path, metavar="FILE.npy", help="[N, D], floating point")
+    parser.add_argument("--embeddings", type=Path, metavar="FILE.npy", help=f"[N, D], {FILE}")
     parser.add_argument("--identities", type=Path, metavar="FILE.txt", help="N names, one per line, UTF-8")
     parser.add_argument("--remove", nargs="+", default=[], metavar="NAME", help="before anybody is enrolled")
     parser.add_argument("--distance", choices=DISTANCES, help="of a new gallery (default: euclidean)")
@@ -32,11 +48,12 @@ def add_enroll_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_identify_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `identify` to a parser."""
+    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, PRINTED
     parser.add_argument("gallery", type=Path, help="folder of the gallery")
-    parser.add_argument("--embeddings", type=Path, required=True, metavar="FILE.npy", help="[Q, D]")
+    parser.add_argument("--embeddings", type=Path, required=True, metavar="FILE.npy", help=f"[Q, D], {FILE}")
     parser.add_argument("-k", type=int, default=1, help="identities per query (default: %(default)s)")
     parser.add_argument("--threshold", type=float, help="default: the gallery's")
-    parser.add_argument("--output", type=Path, metavar="FILE.json")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="see below")
 
 
 def run_enroll(args: argparse.Namespace) -> int:
@@ -52,6 +69,8 @@ def run_identify(args: argparse.Namespace) -> int:
 def _exit_code(name: str, run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
     try:
         run(args)
+    except BrokenPipeError:  # no input: for `ends_quietly`
+        raise
     except (ImportError, TypeError, ValueError, OSError, MemoryError) as problem:
         print(f"{name}: {_line(problem).removeprefix(f'{name}: ')}", file=sys.stderr)
         return 1 if isinstance(problem, ImportError) else 2
@@ -100,8 +119,7 @@ def _enroll(args: argparse.Namespace) -> None:
 def _gallery(args: argparse.Namespace, embeddings: Tensor | None) -> Gallery:
     """The one in the folder, or a new one for these embeddings."""
     if not (args.gallery / JSON_NAME).exists() and embeddings is not None:
-        dtype = embeddings.dtype if embeddings.dtype is torch.float64 else torch.float32
-        return Gallery(embeddings.shape[1], distance=args.distance or "euclidean", dtype=dtype)
+        return Gallery(embeddings.shape[1], distance=args.distance or "euclidean")
     gallery = _load(args.gallery)
     if args.distance not in (None, gallery.distance):
         raise ValueError(f"--distance {args.distance}: the gallery is one of {gallery.distance} distances")
@@ -113,32 +131,34 @@ def _identify(args: argparse.Namespace) -> None:
     gallery = _load(args.gallery)
     if args.threshold is not None:
         gallery.threshold = args.threshold
-    found = gallery.identify(queries, args.k)
+    found = _candidates(gallery, queries, args.k)
     if args.output:
-        content = {"distance": gallery.distance, "threshold": gallery.threshold, "queries": _as_json(found)}
+        content = {"distance": gallery.distance, "threshold": gallery.threshold, "queries": found}
         write_beside(args.output, lambda file: file.write(json.dumps(content).encode()))
-    for i, candidates in enumerate(_as_json(found)):
+    for i, candidates in enumerate(found):
         print(f"{i}: {', '.join(map(_shown, candidates)) or 'unknown'}")
 
 
-def _as_json(found: Identification) -> list[list[dict[str, str | float | None]]]:
-    """A list of candidates for every query; identity None is unknown."""
-    rows = zip(found.identities, found.distances.tolist(), strict=True)
+def _candidates(gallery: Gallery, queries: Tensor, k: int) -> list[list[Candidate]]:
+    """What `Gallery.identify` finds for every query, and who is nearest where that is unknown."""
+    distances, indices = gallery.search(queries, k)
+    known = distances < (torch.inf if gallery.threshold is None else gallery.threshold)
+    names = gallery.identities
+    rows = zip(indices.tolist(), known.tolist(), distances.tolist(), strict=True)
     return [
         [
-            {"identity": identity, "distance": distance}
-            for identity, distance in zip(*row, strict=True)
-            if math.isfinite(distance)  # where the gallery has fewer than k
+            {"identity": names[i] if is_known else None, "nearest": names[i], "distance": distance}
+            for i, is_known, distance in zip(*row, strict=True)
+            if i >= 0  # where the gallery has fewer than k
         ]
         for row in rows
     ]
 
 
-def _shown(candidate: dict[str, str | float | None]) -> str:
+def _shown(candidate: Candidate) -> str:
     """Quoted as in JSON: a name can hold anything, control characters too."""
-    identity = candidate["identity"]
-    name = "unknown" if identity is None else json.dumps(identity, ensure_ascii=False)
-    return f"{name} {candidate['distance']:.6g}"
+    name = json.dumps(candidate["nearest"], ensure_ascii=False)
+    return f"{f'unknown ({name})' if candidate['identity'] is None else name} {candidate['distance']:.6g}"
 
 
 # ---- what is read ------------------------------------------------------------------------------------------
@@ -152,7 +172,8 @@ def _load(folder: Path) -> Gallery:
 
 
 def _read_embeddings(function: str, path: Path) -> Tensor:
-    return torch.from_numpy(in_memory(map_embeddings(function, path)))
+    rows = torch.from_numpy(in_memory(map_embeddings(function, path)))
+    return rows.float() if rows.dtype is torch.float64 else rows
 
 
 def _read_names(path: Path) -> list[str]:

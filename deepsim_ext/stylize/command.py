@@ -117,6 +117,8 @@ def run(args: argparse.Namespace) -> int:
         return 1
     try:
         return _run(args)
+    except BrokenPipeError:  # no input: for `ends_quietly`
+        raise
     except (TypeError, ValueError, OSError, MemoryError, torch.OutOfMemoryError) as problem:
         return _failed(problem)
     except RuntimeError as problem:
@@ -184,10 +186,19 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if args.preview_every is not None and args.preview_every < 1:
         raise ValueError(f"--preview-every must be at least 1, got {args.preview_every}")
     check_output(args.output)
+    _check_overwriting(args)
     if args.log and not args.log.parent.is_dir():
         raise ValueError(f"{args.log}: no folder {args.log.parent}")
     if args.plot:
         check_output(args.plot)
+
+
+def _check_overwriting(args: argparse.Namespace) -> None:
+    """ValueError for a file that is both read and written, by whatever names."""
+    read = [*args.pictures, *(args.content_masks or ()), *(args.style_masks or ()), args.start, args.weights]
+    for output in filter(None, (args.output, args.log, args.plot)):
+        if output.exists() and any(output.samefile(path) for path in read if path and Path(path).exists()):
+            raise ValueError(f"{output}: one of the files to read, which it would overwrite")
 
 
 def _transfer(args: argparse.Namespace) -> Transfer:

@@ -48,6 +48,8 @@ class Record(NamedTuple):
     seconds: float
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def stylize(
     content: Picture | None,
     styles: Picture | Sequence[Picture],
@@ -201,7 +203,7 @@ class Transfer:
         """One evaluation and one step.
 
         Raises:
-            ValueError: the loss or its gradient is not finite where a scale starts.
+            ValueError: the loss or its gradient is not finite where a scale starts, or after a step of Adam.
         """
         began = time.perf_counter()
         if len(self.records) == sum(self._plan[: self._scale + 1]):
@@ -210,8 +212,10 @@ class Transfer:
         terms, gradient = self._evaluate()
         loss, size = terms[0], gradient.abs().sum(dtype=torch.float64).item()
         finite = math.isfinite(loss) and math.isfinite(size)
-        if self._good is None and not finite:
-            raise ValueError(f"stylize: the loss is {loss}, its gradient {size}: use smaller weights")
+        # Steps of L-BFGS are bounded, so that a shorter one helps; those of Adam are as long as asked for.
+        if not finite and (self._good is None or self.options.optimizer == "adam"):
+            remedy = "smaller weights" if self._good is None else "a smaller learning_rate"
+            raise ValueError(f"stylize: the loss is {loss}, its gradient {size}: use {remedy}")
         if finite and loss <= LARGEST_GROWTH * self._loss:
             if self._good is None:
                 self._factor = 1 / size if size else 1.0

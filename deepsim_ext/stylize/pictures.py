@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # 12 bytes each once they are floats. Pillow has limits of its own, which are higher.
 PIXEL_LIMIT = 80_000_000
 JPEG_QUALITY = 95
+HALF_LEVEL = 0.5 / 255  # by which a tensor may leave [0, 1]: it is rounded away
 LUMINANCE = (0.299, 0.587, 0.114)  # Y of YIQ (ITU-R BT.601)
 
 Picture = Any  # a path, a PIL image, an array uint8 [H, W] or [H, W, 3], or a tensor [3, H, W] in [0, 1]
@@ -45,6 +46,10 @@ def as_picture(picture: Picture, argument: str) -> Tensor:
             and len(squeezed) == 3
             and squeezed.numel()
         ):
+            low, high = (value.item() for value in squeezed.aminmax())
+            if not (low >= -HALF_LEVEL and high <= 1 + HALF_LEVEL):  # NaN too
+                expected, got = "finite and within [0, 1]", f"values from {low:g} to {high:g}"
+                raise error(ValueError, "stylize", argument, expected, got)
             return squeezed.detach().float().cpu()
     elif isinstance(picture, np.ndarray):
         shaped = picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] == 3)

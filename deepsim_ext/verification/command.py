@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"of each kind of pairs to draw (default: {DRAWN}, or as many as there are)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the drawing (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="of the drawing (default: 0)")
     parser.add_argument(
         "--distance",
         choices=DISTANCES,
@@ -135,18 +135,21 @@ def _evaluated(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, byte
 
 def _pairs(args: argparse.Namespace, rows: int) -> LabelledPairs:
     if args.pairs:
-        if args.count is not None:
-            raise ValueError("--count goes with --labels, got it with --pairs")
+        for name in ("count", "seed"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name} goes with --labels, got it with --pairs")
         return read_pairs(args.pairs)
     labels = load_labels(args.labels)
     if len(labels) != rows:
         raise ValueError(f"--labels must be one per row of the embeddings [{rows}], got [{len(labels)}]")
-    if args.count is not None:
-        return balanced_pairs(labels, args.count, seed=args.seed)
     sizes = np.unique(labels, return_counts=True)[1]
     same = int((sizes * (sizes - 1) // 2).sum())
-    there = min(same, rows * (rows - 1) // 2 - same)
-    return balanced_pairs(labels, min(DRAWN, max(there, 1)), seed=args.seed)
+    different = rows * (rows - 1) // 2 - same
+    for kind, there in (("the same label", same), ("different labels", different)):
+        if not there:
+            raise ValueError(f"--labels: {args.labels} has no pair of {kind}")
+    count = min(DRAWN, same, different) if args.count is None else args.count
+    return balanced_pairs(labels, count, seed=args.seed or 0)
 
 
 def _largest(embeddings: np.ndarray, pairs: np.ndarray, distances: np.ndarray, distance: str) -> float:

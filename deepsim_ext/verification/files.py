@@ -45,14 +45,15 @@ def load_labels(path: str | Path) -> np.ndarray:
 def read_pairs(path: str | Path) -> LabelledPairs:
     """Pairs from a .csv file: two indices of rows, from 0, and 1 for the same or 0 for different.
 
-    The columns are first, second, same; a first line with these names may be there or not.
+    The columns are first, second, same; a first line with these names may be there or not, and so may the
+    mark that Excel puts before UTF-8.
 
     Raises:
         ValueError: the file cannot be read, has no pair or a line that is none, which is named.
     """
     pairs, same = [], []
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             for number, line in enumerate(csv.reader(file, strict=True), 1):
                 fields = [field.strip() for field in line]
                 if number == 1 and fields == HEADER:

@@ -40,9 +40,10 @@ def kfold_accuracy(
 
     Returns:
         `KFoldAccuracy`: mean, standard deviation (of the population) over the F folds, and `interval`,
-        `mean ± t s / sqrt(F)` with s the standard deviation of the sample (division by F - 1) and t the
-        97.5 % quantile of Student's distribution of F - 1 degrees of freedom. The folds share most of what
-        their thresholds are chosen on, so it is approximate. Also accuracy and threshold of every fold.
+        `mean ± t s / sqrt(F)` as far as that lies in [0, 1], with s the standard deviation of the sample
+        (division by F - 1) and t the 97.5 % quantile of Student's distribution of F - 1 degrees of freedom.
+        The folds share most of what their thresholds are chosen on, so it is approximate. Also accuracy and
+        threshold of every fold.
 
     Raises:
         TypeError: an argument of the wrong Python type or dtype.
@@ -149,4 +150,4 @@ def _interval(function: str, values: np.ndarray) -> tuple[float, float]:
     special = required(function, "scipy.special")
     n, mean = len(values), values.mean()
     half = special.stdtrit(n - 1, (1 + CONFIDENCE) / 2) * values.std(ddof=1) / np.sqrt(n)
-    return float(mean - half), float(mean + half)
+    return max(0.0, float(mean - half)), min(1.0, float(mean + half))

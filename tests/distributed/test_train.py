@@ -333,8 +333,9 @@ def test_too_few_images_to_hold_any_out(tmp_path, photos, capsys):
 @pytest.mark.parametrize(
     ("option", "value", "expected"),
     [
-        ("--classes", "0", "an integer >= 1"),
-        ("--samples", "2.5", "an integer >= 1"),
+        ("--classes", "1", "an integer >= 2"),
+        ("--samples", "1", "an integer >= 2"),
+        ("--samples", "2.5", "an integer >= 2"),
         ("--image-size", "15", "an integer >= 16"),
         ("--held-out", "1", "in [0, 1)"),
         ("--held-out", "nan", "in [0, 1)"),
@@ -349,6 +350,7 @@ def test_errors_of_options(tmp_path, capsys, option, value, expected):
         train(tmp_path / "run", option, value)
     assert caught.value.code == 2
     assert f"argument {option}: must be {expected}, got '{value}'\n" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_not_overwritten_nor_another_resumed(tmp_path, capsys):

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..._command_line import ends_quietly
 from ..._files import write_beside
 from ..._stop import stop_between_steps
 from . import data, log, options, training
@@ -24,6 +25,7 @@ from . import data, log, options, training
 PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "tqdm": "tqdm"}
 
 
+@ends_quietly
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains; exit code 0, 1 for a missing package, 2 for unusable input, 128 + its number for a signal."""
     settings = options.parser().parse_args(argv)
