@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ._nearest_rows import nearest_rows, no_neighbors, stripes
+from ._nearest_rows import nearer_than, nearest_rows, no_neighbors, pairs_of_tile, tiles
 from .results import NearestNeighbors
 
 Advance = Callable[[int], object]  # to be called with how much more is done
@@ -36,10 +36,17 @@ class Matches(NamedTuple):
     distances: Tensor  # [Q]; inf where there is none
     indices: Tensor  # int64 [Q]
 
-    def nearer(self, other: Matches) -> Matches:
-        """Of two for every query; equal distances by index."""
+    def take(self, rows: slice | Tensor) -> Matches:
+        return Matches(*(t[rows] for t in self))
+
+    def before(self, other: Matches) -> Tensor:
+        """bool [Q]: which are nearer than others; equal distances by index."""
         same = self.distances == other.distances
-        keep = (self.distances < other.distances) | (same & (self.indices < other.indices))
+        return (self.distances < other.distances) | (same & (self.indices < other.indices))
+
+    def nearer(self, other: Matches) -> Matches:
+        """Of two for every query."""
+        keep = self.before(other)
         return Matches(*(torch.where(keep, a, b) for a, b in zip(self, other, strict=True)))
 
 
@@ -80,29 +87,49 @@ class InMemory(NamedTuple):
         return found._replace(indices=found.indices + self.first)
 
     def matches(self, queries: Queries) -> Matches:
-        found = no_match(queries)
-        if len(self.labels):
-            for rows, part, distances in self._distances(queries):
-                match = self.labels == part.labels[:, None]
-                found.distances[rows], index = torch.where(match, distances, torch.inf).min(dim=1)
-                found.indices[rows] = index + self.first
-        return found
+        nearest = no_match(queries)
+        for rows, part, tile in self._tiles(queries):
+            nearer = tile._nearest_matches(part).nearer(nearest.take(rows))
+            nearest.distances[rows], nearest.indices[rows] = nearer
+        return nearest
 
     def before(self, queries: Queries, matches: Matches) -> Tensor:
         count = torch.zeros_like(queries.labels)
-        for rows, _, distances in self._distances(queries):
-            nearest, index = (t[rows, None] for t in matches)
-            earlier = (distances == nearest) & (self._indices() < index)
-            count[rows] = ((distances < nearest) | earlier).sum(dim=1)
+        for rows, part, tile in self._tiles(queries):
+            count[rows] += tile._count_before(part, matches.take(rows))
         return count
 
-    def _distances(self, queries: Queries) -> Iterator[tuple[slice, Queries, Tensor]]:
-        """A few queries at a time: which, those, and their distances [q, M]; inf from their own rows."""
-        for rows, distances in stripes(queries.embeddings, self.embeddings, distance=self.distance):
-            part = queries.take(rows)
-            if part.own is not None:
-                distances.masked_fill_(self._indices() == part.own[:, None], torch.inf)
-            yield rows, part, distances
+    def _tiles(self, queries: Queries) -> Iterator[tuple[slice, Queries, InMemory]]:
+        """A few queries at a time, which and those, with a few of the references."""
+        for rows, columns in tiles(len(queries.labels), len(self.labels)):
+            first = self.first + columns.start
+            tile = InMemory(self.embeddings[columns], self.labels[columns], self.distance, first)
+            yield rows, queries.take(rows), tile
 
-    def _indices(self) -> Tensor:
-        return torch.arange(self.first, self.first + len(self.labels), device=self.labels.device)
+    def _nearest_matches(self, queries: Queries) -> Matches:
+        match = self._without_own(self.labels == queries.labels[:, None], queries)
+        distances = queries.embeddings.new_full(match.shape, torch.inf)
+        pairs = match.nonzero(as_tuple=True)
+        distances[pairs] = self._measured(queries, *pairs)
+        nearest, row = distances.min(dim=1)
+        return Matches(nearest, row + self.first)
+
+    def _count_before(self, queries: Queries, matches: Matches) -> Tensor:
+        before, doubtful = nearer_than(
+            queries.embeddings, self.embeddings, matches.distances, distance=self.distance
+        )
+        query, row = doubtful.nonzero(as_tuple=True)
+        measured = Matches(self._measured(queries, query, row), row + self.first)
+        before[query, row] = measured.before(matches.take(query))
+        return self._without_own(before, queries).sum(dim=1)
+
+    def _measured(self, queries: Queries, query: Tensor, row: Tensor) -> Tensor:
+        return pairs_of_tile(queries.embeddings, self.embeddings, query, row, distance=self.distance)
+
+    def _without_own(self, pairs: Tensor, queries: Queries) -> Tensor:
+        """bool [Q, M], changed in place: no query with itself."""
+        if queries.own is not None:
+            row = queries.own - self.first
+            here = ((row >= 0) & (row < len(self.labels))).nonzero().squeeze(1)
+            pairs[here, row[here]] = False
+        return pairs

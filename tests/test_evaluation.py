@@ -122,6 +122,75 @@ def test_equal_distances_come_by_index(first_look, monkeypatch):
     check(retrieval_metrics(x * 0, labels, distance="cosine"), summary(by_definition(x, labels)))
 
 
+def rows_of_ties(kind, n, dtype):
+    """Many of them equal, or nearly, but for "spread"; all distances that are asked for have no rounding."""
+    steps = torch.randint(-2, 3, (n, 4)).double()
+    return {
+        "spread": torch.randn(n, 4, dtype=torch.float64),
+        "grid": steps,
+        "one point": torch.ones(n, 4),
+        "signs": steps.sign() + (steps == 0),  # of length 2: their cosines are not rounded either
+        "far from zero": 4096 + steps / 1024,  # where float32's products have no digit of their distances
+        "farther": 2.0**40 + steps / 1024
+        if dtype == torch.float64
+        else 2.0**12 + steps / 2048,  # nor float64's
+        "near": 1 + steps * torch.finfo(dtype).eps,
+        "short": steps * 2.0**-100,
+    }[kind].to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    ("kind", "distance"),
+    [
+        *(("spread", distance) for distance in DISTANCES),
+        *(("one point", distance) for distance in DISTANCES),
+        *(("signs", distance) for distance in DISTANCES),
+        *((kind, "euclidean") for kind in ("grid", "far from zero", "farther", "near", "short")),
+    ],
+)
+def test_ranks_of_first_matches_far_behind(kind, distance, dtype, monkeypatch):
+    """Beside ties, in several tiles, with a class of one row; among references, too."""
+    monkeypatch.setattr(evaluation, "FIRST_LOOK", 1)
+    monkeypatch.setattr(nearest_rows_module, "MAX_NEIGHBORS", 32)
+    monkeypatch.setattr(nearest_rows_module, "TILE", 32 * 50)
+    x, labels = rows_of_ties(kind, 170, dtype), torch.randint(60, (170,))
+    labels[100] = -1
+    refs, ref_labels = rows_of_ties(kind, 140, dtype), torch.randint(60, (140,))
+    for others in ((), (refs, ref_labels), (x.clone(), labels.flip(0))):
+        rows = by_definition(x, labels, *others, distance=distance)
+        got = retrieval_metrics(x, labels, *others, distance=distance, recall_at=(1, 10, 99))
+        check(got, summary(rows, (1, 10, 99)))
+        assert got.queries == len(rows) and got.mean_reciprocal_rank < 0.5
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_first_match_is_the_last_of_all(distance):
+    """Behind the neighbours of a search, and all tiles of references but one row of the last."""
+    n = 2 * nearest_rows_module.MAX_NEIGHBORS + 3
+    far, labels = torch.linspace(1, 2, n).double(), torch.arange(n)
+    labels[-1] = -1
+    for angle in (far, far * 0 + 1):  # ever farther, and all at one distance
+        refs = torch.stack([angle.cos(), angle.sin()], dim=1)
+        for label, rank in ((-1, n), (n - 2, n - 1), (0, 1)):
+            query = torch.tensor([[1.0, 0]]).double(), torch.tensor([label])
+            got = retrieval_metrics(*query, refs, labels, distance=distance, recall_at=(rank - 1 or 1, rank))
+            assert got.mean_reciprocal_rank == 1 / rank
+            assert got.recall_at_k[rank] == 1 and (rank == 1 or got.recall_at_k[rank - 1] == 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_pairs_are_measured_as_in_a_search(distance, dtype):
+    """To the bit: what a search has found is compared with what it has not looked at."""
+    x, refs = torch.randn(50, 37, dtype=dtype), torch.randn(90, 37, dtype=dtype)
+    x[3] = refs[5] = 0
+    rows, columns = torch.arange(50).repeat_interleave(90), torch.arange(90).repeat(50)
+    pairs = nearest_rows_module.pairs_of_tile(x, refs, rows, columns, distance=distance).view(50, 90)
+    found = nearest_rows_module.nearest_rows(x, refs, 90, distance=distance)
+    assert torch.equal(pairs.gather(1, found.indices), found.distances)
+
+
 def test_classes_larger_than_the_neighbours_of_one_search():
     """More than 1024 matches; against the cumulative form, for the definition takes minutes."""
     x, labels = torch.randn(2300, 2, dtype=torch.float64), (torch.rand(2300) < 0.4).long()
