@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepsim_ext import nn
-from deepsim_ext.distributed import DistributedLoss, batch_hard_mine
+from deepsim_ext.distributed import DistributedLoss, _batches, batch_hard_mine
 from deepsim_ext.distributed.cost_model import MACHINES, Problem, Sent, Time, flops, predict, sent
 
 from .ranks import run_ranks
@@ -22,7 +22,7 @@ NVLINK = MACHINES["h200-nvlink"]
 def count_bytes(rank: int, dtype: torch.dtype) -> tuple[dict[str, int], int]:
     """Bytes that this rank sends in a call, by purpose, and how many distinct rows it asks others for."""
     counted = dict.fromkeys(("labels", "ring", "chosen"), 0)
-    exchange, swap, gather = dist.batch_isend_irecv, dist.all_to_all_single, dist.all_gather_into_tensor
+    exchange, swap, gather = dist.batch_isend_irecv, dist.all_to_all_single, _batches._all_gather
 
     def counted_exchange(operations: list[dist.P2POp]) -> list[dist.Work]:
         counted["ring"] += sum(op.tensor.nbytes for op in operations if op.op is dist.isend)
@@ -45,7 +45,7 @@ def count_bytes(rank: int, dtype: torch.dtype) -> tuple[dict[str, int], int]:
     chosen = torch.cat([positives, negatives]).unique()
     criterion = DistributedLoss(nn.BatchHardTripletLoss(), mode="ring")
     dist.batch_isend_irecv, dist.all_to_all_single = counted_exchange, counted_swap
-    dist.all_gather_into_tensor = counted_gather
+    _batches._all_gather = counted_gather
     criterion(x.requires_grad_(), labels)
     return counted, int((chosen // ROWS != rank).sum())
 
