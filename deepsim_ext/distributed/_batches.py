@@ -81,7 +81,7 @@ def is_differentiated(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
 
-# torch 2.13 warns of the older name, which is the only one that torch 2.11 has.
+# By its newer name where there is one: then torch warns of the older.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
