@@ -132,7 +132,7 @@ def all_pairs(n: int, d: int) -> list[Stage]:
             tensor=product,
             launches=stripes,
         ),
-        # A distance, a label and a half norm are read, a strength is written. Instructions: SASS.
+        # A distance, a label and a half norm are read, a strength is written. Instructions as in the SASS.
         Stage("rows", l2=3 * matrix + 8 * n * n, plain=140 * n * n, launches=stripes),
         Stage(
             "pull",

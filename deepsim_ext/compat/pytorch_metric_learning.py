@@ -65,7 +65,7 @@ class _Distance(NamedTuple):
 class _Module(nn.Module):
     """What miners and losses have in common: how they measure, and how they are called."""
 
-    _shown: tuple[str, ...] = ()  # attributes
+    _shown: tuple[str, ...] = ()  # attributes that its repr names
 
     def __init__(self, distance: Any, collect_stats: bool | None) -> None:
         super().__init__()
