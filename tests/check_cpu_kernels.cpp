@@ -250,17 +250,19 @@ void check_all_pairs(const std::string& name, const Kernels<T>& kernels, int64_t
 
   // Every row with the next one, on top of what contrastive_negatives has gathered.
   std::vector<int32_t> row(n), next(n);
-  std::vector<int64_t> pair_begin(n + 1);
   std::vector<T> d(n), weight(n, T(1)), grad(n * depth);
-  for (int64_t i = 0; i < n; ++i) row[i] = int32_t(i), next[i] = int32_t((i + 1) % n), pair_begin[i + 1] = i + 1;
+  for (int64_t i = 0; i < n; ++i) row[i] = int32_t(i), next[i] = int32_t((i + 1) % n);
   in_threads(n, [&](int64_t b, int64_t e) {
     kernels.pair_distances(points.rows, points.rows, row.data(), next.data(), Distance::euclidean, b, e, d.data());
   });
   for (int64_t i = 0; i < n; ++i) expect(std::fabs(d[i] - distance(i, next[i])) < 1e-5, name + ": pair distances");
-  const PairGradient<T> pair_gradient{
-      points.rows, points.rows,       nullptr,     nullptr,  points.original.data(), gradient.data(),    points.panel_buffer.data(),
-      T(1),        pair_begin.data(), next.data(), d.data(), weight.data(),          Distance::euclidean};
-  in_threads(n, [&](int64_t b, int64_t e) { kernels.pair_gradient(pair_gradient, b, e, grad.data()); });
+  const PairSides sides{points.rows, points.rows, nullptr, nullptr, Distance::euclidean};
+  const GatheredRows<T> gathered{points.rows, nullptr, points.original.data(), gradient.data(), points.panel_buffer.data(), T(1), T(1),
+                                 Distance::euclidean};
+  in_threads(n, [&](int64_t b, int64_t e) {
+    for (int64_t i = b; i < e; ++i) kernels.pair_gradient(sides, i, 1, &next[i], &d[i], &weight[i], &grad[i * depth]);
+  });
+  in_threads(n, [&](int64_t b, int64_t e) { kernels.finish_gradient(gathered, b, e, grad.data()); });
   for (int64_t i = 0; i < n; ++i) {
     double own = 0;  // of what the pair adds, which is a unit vector: its length along the pair
     for (int64_t c = 0; c < depth; ++c) {

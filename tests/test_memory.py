@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from benchmarks.memory import peak_in_subprocess
-from deepsim_ext import batch_hard_triplet_loss, gram_matrix, style_loss
+from deepsim_ext import (
+    batch_all_triplet_loss,
+    batch_contrastive_loss,
+    batch_hard_triplet_loss,
+    batch_semi_hard_triplet_loss,
+    gram_matrix,
+    style_loss,
+)
 
 from .samples import balanced_labels
 
@@ -26,6 +33,23 @@ def batch_hard_probe(
         others = (x.detach().clone().requires_grad_(), labels.clone()) if form == "references" else ()
         strategies = {"positive": "easy", "negative": "semihard"} if form == "strategies" else {}
         return lambda: batch_hard_triplet_loss(x, labels, *others, **strategies).backward()
+
+    return step(int(n)), step(64)
+
+
+ALL_PAIRS = {
+    "semi_hard": batch_semi_hard_triplet_loss,
+    "batch_all": batch_all_triplet_loss,
+    "contrastive": batch_contrastive_loss,
+}
+
+
+def two_classes_probe(loss: str, n: str) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The call to measure, on rows of two classes, and the same on few rows to warm up."""
+
+    def step(rows: int) -> Callable[[], object]:
+        x, labels = torch.randn(rows, 8, requires_grad=True), torch.arange(rows) % 2
+        return lambda: ALL_PAIRS[loss](x, labels).backward()
 
     return step(int(n)), step(64)
 
@@ -57,6 +81,14 @@ def test_batch_hard_needs_no_square_matrix(n, d, dtype, form):
     gradient, packed = (sets * n * d * size for size in (getattr(torch, dtype).itemsize, 4))
     peak = peak_in_subprocess("tests.test_memory:batch_hard_probe", n, d, dtype, form)
     assert gradient <= peak <= gradient + packed + sets * 64 * n + 32 * MIB
+
+
+@pytest.mark.parametrize("loss", ALL_PAIRS)
+def test_classes_of_half_the_batch_need_no_square_matrix(loss):
+    """32 bytes of each positive that csrc/cpu/positive_lists.h lists at a time, and 64 N bytes + 32 MiB."""
+    n = 8192
+    peak = peak_in_subprocess("tests.test_memory:two_classes_probe", loss, n)
+    assert 4 * 8 * n <= peak <= 32 * 2**21 + 64 * n + 32 * MIB < 4 * n**2
 
 
 @pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])

@@ -13,6 +13,17 @@
 namespace deepsim::cpu {
 namespace {
 
+// Over positives; counts of pairs are exact, those of tiles have gone through T.
+struct BatchAllPositives {
+  double limits = 0, d_ap = 0, active = 0;
+
+  void operator+=(const BatchAllPositives& other) {
+    limits += other.limits;
+    d_ap += other.d_ap;
+    active += other.active;
+  }
+};
+
 template <class T>
 LossWithGradient batch_all_forward(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& labels, const OptionalTensor& ref,
                                    const OptionalTensor& ref_labels, double margin, bool semi_hard, Distance distance,
@@ -25,38 +36,38 @@ LossWithGradient batch_all_forward(const Kernels<T>& kernels, const at::Tensor& 
   }
   if (!pairs.finite) return not_finite<T>(x, ref, {valid_anchors, semi_hard ? 0 : triplets, 0}, with_gradient);
 
-  PositiveLists<T> lists = positive_lists(kernels, pairs, distance);
-  const ActiveNegatives<T> negatives = active_negatives(kernels, pairs, lists, margin, semi_hard, distance, with_gradient);
-  const BatchAllSums& sums = negatives.sums;
-  const std::vector<T>& active = negatives.active;
+  const std::vector<Stripe> stripes = stripes_of(pairs);
+  const GatheredGradient<T> gathered =
+      with_gradient ? GatheredGradient<T>(pairs, pairs.symmetric && stripes.size() <= 1) : GatheredGradient<T>();
+  PairGradients<T> gradients(kernels, pairs, x, ref, distance);
+  BatchAllSums sums;
+  BatchAllPositives positives;
+  for (const Stripe& stripe : stripes) {
+    PositiveLists<T> lists = positive_lists(kernels, pairs, stripe, distance);
+    const std::vector<T> active = active_negatives(kernels, pairs, lists, margin, semi_hard, distance, sums, gathered);
+    const auto d_ap = [&](int64_t p, int64_t s) { return lists.distance[lists.at(p, s)]; };
+    const auto count = [&](int64_t p, int64_t s) { return active[lists.at(p, s)]; };
+    positives += sum_over_rows<BatchAllPositives>(pairs, stripe, [&](int64_t p, BatchAllPositives& sum) {
+      for (int64_t s = 0; s < pairs.positive_count(p); ++s) {
+        const double d = double(d_ap(p, s)), n = double(count(p, s));
+        sum.limits += n * (d + margin);
+        sum.active += n;
+        sum.d_ap += d * (semi_hard ? n : double(pairs.negative_count(p)));
+      }
+    });
+    if (with_gradient) gradients.add_positives(stripe, d_ap, count, false);
+  }
   if (!std::isfinite(sums.active_d_an)) return not_finite<T>(x, ref, {valid_anchors, 0, 0}, with_gradient);  // it did not fit into T
 
-  // Counts of pairs are exact; those of tiles have gone through T.
-  double limits = 0, d_ap = 0, active_triplets = 0;
-  for (int64_t p = 0; p < pairs.rows.count; ++p) {
-    for (int64_t s = 0; s < pairs.positive_count(p); ++s) {
-      const double d = double(lists.distance[lists.at(p, s)]), n = double(active[lists.at(p, s)]);
-      limits += n * (d + margin);
-      active_triplets += n;
-      d_ap += d * (semi_hard ? n : double(pairs.negative_count(p)));
-    }
-  }
   // Semi-hard triplets without a loss have d_ap = d_an - margin.
-  if (semi_hard) d_ap += sums.d_an - sums.active_d_an - double(sums.triplets - sums.active) * margin;
-  triplets = semi_hard ? int64_t(active_triplets) + sums.triplets - sums.active : triplets;
-  const int64_t divisor = reduction == SumReduction::sum ? 1 : reduction == SumReduction::mean ? triplets : int64_t(active_triplets);
+  if (semi_hard) positives.d_ap += sums.d_an - sums.active_d_an - double(sums.triplets - sums.active) * margin;
+  triplets = semi_hard ? int64_t(positives.active) + sums.triplets - sums.active : triplets;
+  const int64_t divisor = reduction == SumReduction::sum ? 1 : reduction == SumReduction::mean ? triplets : int64_t(positives.active);
   const double scale = 1 / double(std::max<int64_t>(1, divisor));
-  LossWithGradient result =
-      loss_with_gradient<T>(x, std::max(0.0, limits - sums.active_d_an) * scale, {valid_anchors, triplets, int64_t(active_triplets)},
-                            {ratio(d_ap, triplets), ratio(sums.d_an, triplets)});
-  if (!with_gradient) return result;
-  const auto weight = [&](int64_t p, int64_t s) { return T(scale) * active[lists.at(p, s)]; };
-  result.grad = finish_gradient(kernels, x, pairs.rows, ref ? *ref : x, pairs.columns(), negatives.gathered.row_data(), T(scale),
-                                pairs_of_rows(pairs, lists, weight), distance);
-  if (ref) {
-    result.grad_ref = finish_gradient(kernels, *ref, pairs.references, x, pairs.rows, negatives.gathered.column_data(), T(scale),
-                                      pairs_of_columns(pairs, lists, weight), distance);
-  }
+  LossWithGradient result = loss_with_gradient<T>(x, std::max(0.0, positives.limits - sums.active_d_an) * scale,
+                                                  {valid_anchors, triplets, int64_t(positives.active)},
+                                                  {ratio(positives.d_ap, triplets), ratio(sums.d_an, triplets)});
+  if (with_gradient) gradients.finish(T(scale), gathered, T(scale), result.grad, result.grad_ref);
   return result;
 }
 

@@ -31,20 +31,18 @@ Added count(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& la
   const bool comparable = positives.le(double(std::numeric_limits<T>::max() / 2)).all().template item<bool>();
   if (!pairs.finite || !comparable) return added;
   PositiveLists<T> lists = given_lists<T>(pairs, 0, begin, positives);
-  const ActiveNegatives<T> negatives = active_negatives(kernels, pairs, lists, margin, semi_hard, distance, with_gradient);
-  const BatchAllSums& s = negatives.sums;
+  const GatheredGradient<T> gathered = with_gradient ? GatheredGradient<T>(pairs, false) : GatheredGradient<T>();
+  BatchAllSums s;
+  const std::vector<T> counts = active_negatives(kernels, pairs, lists, margin, semi_hard, distance, s, gathered);
   if (!std::isfinite(s.active_d_an)) return added;  // it did not fit into T
 
   sums = at::tensor({double(s.triplets), double(s.active), s.d_an, s.active_d_an}, sums.options());
   const int64_t* first = begin.const_data_ptr<int64_t>();
   for (int64_t p = 0; p < pairs.rows.count; ++p)
     for (int32_t t = 0; t < lists.length[p]; ++t)
-      active.mutable_data_ptr<T>()[first[pairs.rows.original[p]] + t] = negatives.active[lists.at(p, t)];
+      active.mutable_data_ptr<T>()[first[pairs.rows.original[p]] + t] = counts[lists.at(p, t)];
   if (!with_gradient) return added;
-  const auto no_pairs = [](int64_t rows) { return PairLists<T>{std::vector<int64_t>(rows + 1), {}, {}, {}}; };
-  grad = finish_gradient(kernels, x, pairs.rows, ref, pairs.references, negatives.gathered.row_data(), T(1), no_pairs(x.size(0)), distance);
-  grad_ref = finish_gradient(kernels, ref, pairs.references, x, pairs.rows, negatives.gathered.column_data(), T(1), no_pairs(ref.size(0)),
-                             distance);
+  PairGradients<T>(kernels, pairs, x, OptionalTensor(ref), distance).finish(T(1), gathered, T(1), grad, grad_ref);
   return added;
 }
 

@@ -5,8 +5,9 @@
 
 #include "../batch_hard.h"
 #include "../common/sum_reduction.h"
-#include "all_pairs.h"
+#include "../common/triplet_loss.h"
 #include "capability.h"
+#include "pair_gradient.h"
 
 namespace deepsim::cpu {
 namespace {
@@ -16,6 +17,17 @@ struct ContrastiveOptions {
   bool squared;
   Distance distance;
   SumReduction reduction;
+};
+
+struct ContrastivePositives {
+  double loss = 0, distance = 0;
+  int64_t active = 0;
+
+  void operator+=(const ContrastivePositives& other) {
+    loss += other.loss;
+    distance += other.distance;
+    active += other.active;
+  }
 };
 
 template <class T>
@@ -29,32 +41,41 @@ LossWithGradient contrastive_forward(const Kernels<T>& kernels, const at::Tensor
   }
   if (!pairs.finite) return not_finite<T>(x, ref, {positive_pairs, negative_pairs, 0, 0}, with_gradient);
 
-  const PositiveLists<T> lists = positive_lists(kernels, pairs, options.distance);
-  const T pos_margin = T(options.pos_margin);
-  double positive_loss = 0, d_positive = 0;
-  int64_t active_positives = 0;
-  for (int64_t p = 0; p < pairs.rows.count; ++p) {
-    for (int64_t s = 0; s < pairs.positive_count(p); ++s) {
-      const T d = lists.distance[lists.at(p, s)], beyond = d - pos_margin;
-      d_positive += double(d);
-      if (beyond <= 0) continue;
-      ++active_positives;
-      positive_loss += double(options.squared ? beyond * beyond : beyond);
-    }
+  PairGradients<T> gradients(kernels, pairs, x, ref, options.distance);
+  ContrastivePositives positives;
+  for (const Stripe& stripe : stripes_of(pairs)) {
+    const PositiveLists<T> lists = positive_lists(kernels, pairs, stripe, options.distance);
+    const auto distance = [&](int64_t p, int64_t s) { return lists.distance[lists.at(p, s)]; };
+    const auto beyond = [&](int64_t p, int64_t s) { return std::max(T(0), distance(p, s) - T(options.pos_margin)); };
+    positives += sum_over_rows<ContrastivePositives>(pairs, stripe, [&](int64_t p, ContrastivePositives& sum) {
+      for (int64_t s = 0; s < pairs.positive_count(p); ++s) {
+        const T b = beyond(p, s);
+        sum.loss += double(options.squared ? b * b : b);
+        sum.distance += double(distance(p, s));
+        sum.active += b > 0;
+      }
+    });
+    if (!with_gradient) continue;
+    const auto weight = [&](int64_t p, int64_t s) {
+      const T b = beyond(p, s);
+      return options.squared ? 2 * b : T(b > 0);
+    };
+    gradients.add_positives(stripe, distance, weight, true);
   }
 
-  const GatheredGradient<T> gathered = with_gradient ? GatheredGradient<T>(pairs) : GatheredGradient<T>();
-  ContrastiveSums sums;
-  for (const ContrastiveSums& s : over_squares<ContrastiveSums>(pairs, [&](const TileBlock<T>& tiles, ContrastiveSums& sum) {
-         kernels.contrastive_negatives(
-             {tiles, comparable_margin<T>(options.neg_margin), options.squared, options.distance, gathered.row_data(), gathered.column_data()}, sum);
+  const GatheredGradient<T> gathered = with_gradient ? GatheredGradient<T>(pairs, pairs.symmetric) : GatheredGradient<T>();
+  ContrastiveSums negatives;
+  for (const ContrastiveSums& s : over_squares<ContrastiveSums>(pairs, all_panels(pairs), [&](const TileBlock<T>& tiles, ContrastiveSums& sum) {
+         kernels.contrastive_negatives({tiles, comparable_margin<T>(options.neg_margin), options.squared, options.distance,
+                                        gathered.row_data(), gathered.column_data()},
+                                       sum);
        })) {
-    sums.active += s.active;
-    sums.loss += s.loss;
-    sums.distance += s.distance;
+    negatives.active += s.active;
+    negatives.loss += s.loss;
+    negatives.distance += s.distance;
   }
-  if (sums.active > 0 && is_beyond_comparison<T>(options.neg_margin))
-    sums.loss = std::numeric_limits<double>::infinity();  // as it would be in T
+  if (negatives.active > 0 && is_beyond_comparison<T>(options.neg_margin))
+    negatives.loss = std::numeric_limits<double>::infinity();  // as it would be in T
 
   const auto scale = [&](int64_t active) {
     const int64_t divisor = options.reduction == SumReduction::sum    ? 1
@@ -62,21 +83,11 @@ LossWithGradient contrastive_forward(const Kernels<T>& kernels, const at::Tensor
                                                                       : active;
     return 1 / double(std::max<int64_t>(1, divisor));
   };
-  const double positive_scale = scale(active_positives), negative_scale = scale(sums.active);
-  LossWithGradient result = loss_with_gradient<T>(
-      x, positive_loss * positive_scale + sums.loss * negative_scale, {positive_pairs, negative_pairs, active_positives, sums.active},
-      {ratio(d_positive, positive_pairs), ratio(sums.distance, negative_pairs)});
-  if (!with_gradient) return result;
-  const auto weight = [&](int64_t p, int64_t s) {
-    const T beyond = lists.distance[lists.at(p, s)] - pos_margin;
-    return beyond <= 0 ? T(0) : T(positive_scale) * (options.squared ? 2 * beyond : T(1));
-  };
-  result.grad = finish_gradient(kernels, x, pairs.rows, ref ? *ref : x, pairs.columns(), gathered.row_data(), T(negative_scale),
-                                pairs_of_rows(pairs, lists, weight), options.distance);
-  if (ref) {
-    result.grad_ref = finish_gradient(kernels, *ref, pairs.references, x, pairs.rows, gathered.column_data(), T(negative_scale),
-                                      pairs_of_columns(pairs, lists, weight), options.distance);
-  }
+  const double positive_scale = scale(positives.active), negative_scale = scale(negatives.active);
+  LossWithGradient result = loss_with_gradient<T>(x, positives.loss * positive_scale + negatives.loss * negative_scale,
+                                                  {positive_pairs, negative_pairs, positives.active, negatives.active},
+                                                  {ratio(positives.distance, positive_pairs), ratio(negatives.distance, negative_pairs)});
+  if (with_gradient) gradients.finish(T(positive_scale), gathered, T(negative_scale), result.grad, result.grad_ref);
   return result;
 }
 

@@ -8,38 +8,110 @@
 #include "../common/stage.h"
 #include "../common/sum_reduction.h"
 #include "../common/triplet_loss.h"
-#include "all_pairs.h"
 #include "capability.h"
 #include "farther_negatives.h"
+#include "pair_gradient.h"
 
 namespace deepsim::cpu {
 namespace {
 
-// One triplet for every ordered pair of a valid anchor and a positive, rows as the input numbers them.
+// One triplet for every ordered pair of a valid anchor of a stripe and a positive: anchor by anchor, as they are packed, positives in the
+// order of the columns. Rows as the input numbers them.
+template <class T>
 struct Triplets {
+  std::vector<int64_t> begin;  // [rows + 1], where those of a packed row begin
   std::vector<int32_t> anchor, positive, negative;
+  std::vector<T> d_ap, d_an, weight;
 
-  int64_t size() const { return int64_t(anchor.size()); }
+  // Not filled yet. count(p) of packed row p.
+  template <class Count>
+  Triplets(int64_t rows, Count count) : begin(rows + 1) {
+    for (int64_t p = 0; p < rows; ++p) begin[p + 1] = begin[p] + count(p);
+    for (auto* list : {&anchor, &positive, &negative}) list->resize(size());
+    for (auto* list : {&d_ap, &d_an, &weight}) list->resize(size());
+  }
+
+  int64_t size() const { return begin.back(); }
 };
 
 template <class T>
-Triplets mine_semi_hard(const Kernels<T>& kernels, const PackedPairs<T>& pairs, Distance distance) {
-  PositiveLists<T> lists = positive_lists(kernels, pairs, distance);
+Triplets<T> mine_semi_hard(const Kernels<T>& kernels, const PackedPairs<T>& pairs, const Stripe& stripe, Distance distance) {
+  PositiveLists<T> lists = positive_lists(kernels, pairs, stripe, distance);
   const std::vector<int32_t> slot = sort_descending(lists);
   const FartherNegatives<T> negatives = farther_negatives(kernels, pairs, lists, distance);
 
-  Triplets triplets;
-  for (int64_t p = 0; p < pairs.rows.count; ++p) {
-    if (pairs.negative_count(p) == 0) continue;
-    for (int64_t s = 0; s < pairs.positive_count(p); ++s) {
-      const int64_t at = lists.at(p, s);
-      TORCH_INTERNAL_ASSERT(negatives.has_nearest(at) || negatives.has_farthest(p));
-      triplets.anchor.push_back(pairs.rows.original[p]);
-      triplets.positive.push_back(pairs.columns().original[positive_column(pairs, p, slot[at])]);
-      triplets.negative.push_back(negatives.has_nearest(at) ? negatives.nearest_index[at] : negatives.farthest_index[p]);
+  Triplets<T> triplets(pairs.rows.count, [&](int64_t p) { return pairs.negative_count(p) > 0 ? lists.length[p] : 0; });
+  const auto [first, last] = row_range(pairs, stripe);
+  at::parallel_for(first, last, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      for (int64_t s = 0; s < triplets.begin[p + 1] - triplets.begin[p]; ++s) {
+        const int64_t at = lists.at(p, s), t = triplets.begin[p] + slot[at];
+        TORCH_INTERNAL_ASSERT(negatives.has_nearest(at) || negatives.has_farthest(p));
+        triplets.anchor[t] = pairs.rows.original[p];
+        triplets.positive[t] = pairs.columns().original[positive_column(pairs, p, slot[at])];
+        triplets.negative[t] = negatives.has_nearest(at) ? negatives.nearest_index[at] : negatives.farthest_index[p];
+      }
     }
-  }
+  });
   return triplets;
+}
+
+struct TripletSums {
+  int64_t count = 0, active = 0;
+  double loss = 0, d_ap = 0, d_an = 0;
+
+  void operator+=(const TripletSums& other) {
+    count += other.count;
+    active += other.active;
+    loss += other.loss;
+    d_ap += other.d_ap;
+    d_an += other.d_an;
+  }
+};
+
+// Distances of the chosen pairs by direct differences, and the derivative of every triplet's loss.
+template <class T>
+TripletSums measure(const Kernels<T>& kernels, const PackedPairs<T>& pairs, const Stripe& stripe, const Rows& rows, const Rows& columns,
+                    const TripletLoss<T>& loss, Distance distance, Triplets<T>& triplets) {
+  const Stage stage("recompute");
+  at::parallel_for(0, triplets.size(), row_grain(rows.depth), [&](int64_t begin, int64_t end) {
+    kernels.pair_distances(rows, columns, triplets.anchor.data(), triplets.positive.data(), distance, begin, end, triplets.d_ap.data());
+    kernels.pair_distances(rows, columns, triplets.anchor.data(), triplets.negative.data(), distance, begin, end, triplets.d_an.data());
+  });
+  return sum_over_rows<TripletSums>(pairs, stripe, [&](int64_t p, TripletSums& sum) {
+    for (int64_t t = triplets.begin[p]; t < triplets.begin[p + 1]; ++t) {
+      const T value = loss.value(triplets.d_ap[t], triplets.d_an[t]);
+      triplets.weight[t] = loss.derivative(triplets.d_ap[t], triplets.d_an[t]);
+      ++sum.count;
+      sum.active += value > 0;
+      sum.loss += double(value);
+      sum.d_ap += double(triplets.d_ap[t]);
+      sum.d_an += double(triplets.d_an[t]);
+    }
+  });
+}
+
+// position: of the columns, by row of the input.
+template <class T>
+void add_gradient(PairGradients<T>& gradients, const PackedPairs<T>& pairs, const Stripe& stripe, const Triplets<T>& triplets,
+                  const std::vector<int32_t>& position) {
+  // Those of a valid anchor are all of its positives; where there is no triplet, nothing is to be added.
+  const auto of = [&](const std::vector<T>& values) {
+    return [&](int64_t p, int64_t s) { return triplets.begin[p] == triplets.begin[p + 1] ? T(0) : values[triplets.begin[p] + s]; };
+  };
+  gradients.add_positives(stripe, of(triplets.d_ap), of(triplets.weight), false);
+  const Stage stage("gradient");
+  const auto [first, last] = row_range(pairs, stripe);
+  gradients.add_to_rows(first, last, [&](int64_t p, RowPairs<T>& row) {
+    for (int64_t t = triplets.begin[p]; t < triplets.begin[p + 1]; ++t) row.add(triplets.negative[t], triplets.d_an[t], -triplets.weight[t]);
+  });
+  const ByRow chosen(pairs.columns().count, triplets.size(), [&](int64_t t) { return position[triplets.negative[t]]; });
+  gradients.add_to_columns(0, pairs.columns().count, [&](int64_t c, RowPairs<T>& column) {
+    for (int64_t i = chosen.begin[c]; i < chosen.begin[c + 1]; ++i) {
+      const int64_t t = chosen.element[i];
+      column.add(triplets.anchor[t], triplets.d_an[t], -triplets.weight[t]);
+    }
+  });
 }
 
 template <class T>
@@ -58,62 +130,19 @@ LossWithGradient semi_hard_forward(const Kernels<T>& kernels, const at::Tensor& 
   for (int64_t p = 0; p < pairs.rows.count; ++p) valid_anchors += pairs.positive_count(p) > 0 && pairs.negative_count(p) > 0;
   if (!pairs.finite) return not_finite<T>(x, ref, {valid_anchors, 0, 0}, with_gradient);
 
-  const Triplets triplets = mine_semi_hard(kernels, pairs, distance);
-  const at::Tensor& others = ref ? *ref : x;
-  std::vector<T> d_ap(triplets.size()), d_an(triplets.size()), weight(triplets.size());
-  {
-    const Stage stage("recompute");
-    at::parallel_for(0, triplets.size(), row_grain(x.size(1)), [&](int64_t begin, int64_t end) {
-      const Rows rows = rows_of(x), columns = rows_of(others);
-      kernels.pair_distances(rows, columns, triplets.anchor.data(), triplets.positive.data(), distance, begin, end, d_ap.data());
-      kernels.pair_distances(rows, columns, triplets.anchor.data(), triplets.negative.data(), distance, begin, end, d_an.data());
-    });
+  PairGradients<T> gradients(kernels, pairs, x, ref, distance);
+  const std::vector<int32_t> position = packed_positions(pairs.columns());
+  TripletSums sums;
+  for (const Stripe& stripe : stripes_of(pairs)) {
+    Triplets<T> triplets = mine_semi_hard(kernels, pairs, stripe, distance);
+    sums += measure(kernels, pairs, stripe, rows_of(x), rows_of(ref ? *ref : x), loss, distance, triplets);
+    if (with_gradient) add_gradient(gradients, pairs, stripe, triplets, position);
   }
-  double sum = 0, sum_ap = 0, sum_an = 0;
-  int64_t active = 0;
-  for (int64_t t = 0; t < triplets.size(); ++t) {
-    const T value = loss.value(d_ap[t], d_an[t]);
-    sum += double(value);
-    active += value > 0;
-    sum_ap += double(d_ap[t]);
-    sum_an += double(d_an[t]);
-  }
-  const int64_t divisor = reduction == SumReduction::sum ? 1 : reduction == SumReduction::mean ? triplets.size() : active;
+  const int64_t divisor = reduction == SumReduction::sum ? 1 : reduction == SumReduction::mean ? sums.count : sums.active;
   const double scale = 1 / double(std::max<int64_t>(1, divisor));
-  LossWithGradient result = loss_with_gradient<T>(x, sum * scale, {valid_anchors, triplets.size(), active},
-                                                  {ratio(sum_ap, triplets.size()), ratio(sum_an, triplets.size())});
-  if (!with_gradient) return result;
-
-  for (int64_t t = 0; t < triplets.size(); ++t) weight[t] = T(scale) * loss.derivative(d_ap[t], d_an[t]);
-  const std::vector<int32_t> row_position = packed_positions(pairs.rows);
-  const std::vector<int32_t> reference_position = ref ? packed_positions(pairs.references) : std::vector<int32_t>();
-  const std::vector<int32_t>& column_position = ref ? reference_position : row_position;
-  const auto anchors = [&](auto emit) {
-    for (int64_t t = 0; t < triplets.size(); ++t) {
-      emit(row_position[triplets.anchor[t]], triplets.positive[t], d_ap[t], weight[t]);
-      emit(row_position[triplets.anchor[t]], triplets.negative[t], d_an[t], -weight[t]);
-    }
-  };
-  const auto chosen = [&](auto emit) {
-    for (int64_t t = 0; t < triplets.size(); ++t) {
-      emit(column_position[triplets.positive[t]], triplets.anchor[t], d_ap[t], weight[t]);
-      emit(column_position[triplets.negative[t]], triplets.anchor[t], d_an[t], -weight[t]);
-    }
-  };
-  const auto finish = [&](const at::Tensor& side, const PackedPoints<T>& points, const at::Tensor& other,
-                          const PackedPoints<T>& other_points, const PairLists<T>& lists) {
-    return finish_gradient<T>(kernels, side, points, other, other_points, nullptr, T(0), lists, distance);
-  };
-  if (ref) {
-    result.grad = finish(x, pairs.rows, others, pairs.references, pair_lists<T>(pairs.rows.count, anchors));
-    result.grad_ref = finish(others, pairs.references, x, pairs.rows, pair_lists<T>(pairs.references.count, chosen));
-  } else {
-    const auto all = [&](auto emit) {
-      anchors(emit);
-      chosen(emit);
-    };
-    result.grad = finish(x, pairs.rows, x, pairs.rows, pair_lists<T>(pairs.rows.count, all));
-  }
+  LossWithGradient result = loss_with_gradient<T>(x, sums.loss * scale, {valid_anchors, sums.count, sums.active},
+                                                  {ratio(sums.d_ap, sums.count), ratio(sums.d_an, sums.count)});
+  if (with_gradient) gradients.finish(T(scale), {}, T(0), result.grad, result.grad_ref);
   return result;
 }
 

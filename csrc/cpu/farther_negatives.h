@@ -30,10 +30,10 @@ FartherNegatives<T> farther_negatives(const Kernels<T>& kernels, const PackedPai
                             std::vector<T>(rows, T(-1)), std::vector<int32_t>(rows, kNobody)};
   const SemiHardLists<T> view{lists.begin.data(),         lists.distance.data(), found.nearest.data(),
                               found.nearest_index.data(), found.farthest.data(), found.farthest_index.data()};
-  over_squares(pairs, [&](const TileBlock<T>& tiles) { kernels.semi_hard({tiles, view, view, distance}); });
+  over_squares(pairs, lists.stripe, [&](const TileBlock<T>& tiles) { kernels.semi_hard({tiles, view, view, distance}); });
 
   // In long lists an entry stands for those after it as well, which are not as far.
-  at::parallel_for(0, int64_t(rows), 64, [&](int64_t begin, int64_t end) {
+  at::parallel_for(lists.stripe.begin * lists.panel_rows, lists.stripe.end * lists.panel_rows, 64, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       for (int32_t s = 1; s < lists.length[p]; ++s) {
         const int64_t at = lists.at(p, s), before = lists.at(p, s - 1);

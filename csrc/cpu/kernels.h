@@ -170,18 +170,21 @@ struct ContrastiveSums {
   double loss = 0, distance = 0;
 };
 
-// Gradient rows: factor * what tiles gathered + for each row p, over its pairs [begin[p], begin[p + 1]), weight * derivative of the
-// distance to row `other`.
-template <class T>
-struct PairGradient {
+// One side of pairs, whose gradient is wanted, and the other.
+struct PairSides {
   Rows rows, others;
   const double *row_scale, *other_scale;  // 1 / |row| by row, only for cosine
-  const int32_t* original;                // packed position -> row
-  const T *gathered, *packed;             // what tiles gathered, null for none, and the packed rows
-  T gathered_factor;
-  const int64_t* begin;  // by packed position
-  const int32_t* other;  // row of `others`
-  const T *pair_distance, *weight;
+  Distance distance;
+};
+
+// Gradient rows: factor * what stands there + gathered_factor * what tiles gathered.
+template <class T>
+struct GatheredRows {
+  Rows rows;
+  const double* row_scale;     // as above
+  const int32_t* original;     // packed position -> row
+  const T *gathered, *packed;  // what tiles gathered, null for none, and the packed rows
+  T factor, gathered_factor;
   Distance distance;
 };
 
@@ -228,8 +231,11 @@ struct Kernels {
   // distances[k] between rows[row[k]] and others[other[k]] by direct differences, k in [begin, end).
   void (*pair_distances)(const Rows& rows, const Rows& others, const int32_t* row, const int32_t* other, Distance distance,
                          int64_t begin, int64_t end, T* distances);
+  // Adds to `grad`, [depth], over pairs of `row` with rows `other`, weight * derivative of the distance by `row`.
+  void (*pair_gradient)(const PairSides& sides, int64_t row, int64_t count, const int32_t* other, const T* distance, const T* weight,
+                        T* grad);
   // Rows of the packed positions [begin, end), each at its place in `grad`, [rows][depth].
-  void (*pair_gradient)(const PairGradient<T>& g, int64_t begin, int64_t end, T* grad);
+  void (*finish_gradient)(const GatheredRows<T>& g, int64_t begin, int64_t end, T* grad);
   // Upper-triangle tiles of F F^T over the slice: tiles[(I, J), I <= J][panel_rows][panel_rows], rows of panel I, columns of panel J.
   // Less work where the last panel L is short: the tiles (I, L), I < L, are transposed, and rows beyond the channels are not
   // written. Nor is what lies left of the diagonal in the tiles (I, I). `packed` is scratch of gram_scratch(channels) elements.

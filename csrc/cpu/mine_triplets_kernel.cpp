@@ -15,20 +15,24 @@ namespace {
 
 // The farthest positive, or the nearest, of those nearer than `limit`.
 template <class T>
-Chosen<T> choose_positives(const PackedPairs<T>& pairs, const PositiveLists<T>& lists, bool nearest,
-                           const std::vector<T>& limit) {
+Chosen<T> choose_positives(const Kernels<T>& kernels, const PackedPairs<T>& pairs, bool nearest, const std::vector<T>& limit,
+                           Distance distance) {
   Chosen<T> chosen{std::vector<T>(limit.size()), std::vector<int32_t>(limit.size(), kNobody)};
-  at::parallel_for(0, pairs.rows.count, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      // In the order of the columns, which for one label is that of the input: the first of equals has the lowest index.
-      for (int64_t s = 0; s < pairs.positive_count(p); ++s) {
-        const T d = lists.distance[lists.at(p, s)], best = chosen.distance[p];
-        if (!(d < limit[p]) || (chosen.index[p] != kNobody && !(nearest ? d < best : d > best))) continue;
-        chosen.distance[p] = d;
-        chosen.index[p] = pairs.columns().original[positive_column(pairs, p, s)];
+  for (const Stripe& stripe : stripes_of(pairs)) {
+    const PositiveLists<T> lists = positive_lists(kernels, pairs, stripe, distance);
+    const auto [first, last] = row_range(pairs, stripe);
+    at::parallel_for(first, last, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        // In the order of the columns, which for one label is that of the input: the first of equals has the lowest index.
+        for (int64_t s = 0; s < pairs.positive_count(p); ++s) {
+          const T d = lists.distance[lists.at(p, s)], best = chosen.distance[p];
+          if (!(d < limit[p]) || (chosen.index[p] != kNobody && !(nearest ? d < best : d > best))) continue;
+          chosen.distance[p] = d;
+          chosen.index[p] = pairs.columns().original[positive_column(pairs, p, s)];
+        }
       }
-    }
-  });
+    });
+  }
   return chosen;
 }
 
@@ -37,15 +41,14 @@ Mined mine(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& lab
            const OptionalTensor& ref_labels, Strategies strategies, Distance distance) {
   const PackedPairs<T> pairs = pack_pairs(kernels, x, labels, ref, ref_labels, distance);
   return mine_packed(pairs, [&] {
-    const PositiveLists<T> lists = positive_lists(kernels, pairs, distance);
     const bool nearest = strategies.positive == Strategy::easy, farthest = strategies.negative == Strategy::easy;
     const std::vector<T> below = below_all(pairs);
     Chosen<T> positives, negatives;
     if (strategies.positive == Strategy::semihard) {
       negatives = choose_negatives(kernels, pairs, farthest, below, distance);
-      positives = choose_positives(pairs, lists, nearest, negatives.distance);
+      positives = choose_positives(kernels, pairs, nearest, negatives.distance, distance);
     } else {
-      positives = choose_positives(pairs, lists, nearest, above_all(pairs));
+      positives = choose_positives(kernels, pairs, nearest, above_all(pairs), distance);
       const bool semi_hard = strategies.negative == Strategy::semihard;
       negatives = choose_negatives(kernels, pairs, farthest, semi_hard ? positives.distance : below, distance);
     }

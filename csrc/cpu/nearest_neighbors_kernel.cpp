@@ -84,7 +84,7 @@ class Results {
 template <class T, class Run>
 void over_rows(const PackedPairs<T>& pairs, Run run) {
   const Stage stage("tiles");
-  const Blocks rows = blocks_of(pairs, pairs.rows.panels), columns = blocks_of(pairs, pairs.columns().panels);
+  const Blocks rows = blocks_of(pairs, 0, pairs.rows.panels), columns = blocks_of(pairs, 0, pairs.columns().panels);
   at::parallel_for(0, rows.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t j = 0; j < columns.count; ++j)
       for (int64_t i = begin; i < end; ++i) run(pairs.tiles(rows.begin(i), rows.begin(i + 1), columns.begin(j), columns.begin(j + 1)));
@@ -184,7 +184,7 @@ std::tuple<at::Tensor, at::Tensor> search(const Kernels<T>& kernels, const at::T
                                keep_nearest<T>};
   const auto collect = [&](const TileBlock<T>& tiles) { kernels.nearest_neighbors({tiles, lists, lists}); };
   if (pairs.symmetric)
-    over_squares(pairs, collect);
+    over_squares(pairs, all_panels(pairs), collect);
   else
     over_rows(pairs, collect);
 

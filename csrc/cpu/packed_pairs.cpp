@@ -156,6 +156,7 @@ PackedPairs<T> pack_pairs(const Kernels<T>& kernels, const at::Tensor& x, const 
   pairs.symmetric = !ref;
   pairs.positives = positive_ranges(sorted.labels, ref_sorted.labels);
   pairs.rows = pack_points(kernels, anchors, sorted.order, center, std::move(row_norm));
+  if (ref) pairs.anchors = positive_ranges(ref_sorted.labels, sorted.labels);
   if (ref) pairs.references = pack_points(kernels, references, ref_sorted.order, center, std::move(ref_norm));
   pairs.finite = can_be_compared(pairs.rows) && (!ref || can_be_compared(pairs.references));
   if (zero_rows) {

@@ -22,7 +22,7 @@ struct SortedLabels {
 // Class numbers are counted; labels that lie far apart are left to torch's sort.
 SortedLabels sort_labels(const at::Tensor& labels);
 
-// Columns with the label of each row: [begin, end), both by packed position.
+// Rows of one side with the label of each row of the other: [begin, end), both by packed position.
 struct PositiveRanges {
   std::vector<int32_t> begin, end;
 };
@@ -41,7 +41,7 @@ struct PackedPoints {
 template <class T>
 struct PackedPairs {
   PackedPoints<T> rows, references;  // references only where there is a reference set
-  PositiveRanges positives;
+  PositiveRanges positives, anchors;  // of rows, and of the references
   int64_t panel_rows;
   bool symmetric;  // rows against themselves
   bool finite;     // false: a NaN or inf somewhere, or rows so long that |a - b|^2 / 2 could overflow
@@ -52,6 +52,9 @@ struct PackedPairs {
     return {rows.view, columns().view, positives.begin.data(), positives.end.data(), rows.count,
             row_begin, row_end,        column_begin,           column_end,           symmetric};
   }
+
+  // Rows with the label of each column.
+  const PositiveRanges& anchors_of_columns() const { return symmetric ? positives : anchors; }
 
   // Columns of the label of packed row p, itself left out.
   int64_t positive_count(int64_t p) const { return positives.end[p] - positives.begin[p] - symmetric; }

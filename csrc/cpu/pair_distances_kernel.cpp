@@ -8,8 +8,8 @@
 
 #include "../common/checks.h"
 #include "../pair_distances.h"
-#include "all_pairs.h"
 #include "capability.h"
+#include "pair_gradient.h"
 
 namespace deepsim::cpu {
 namespace {
@@ -45,18 +45,19 @@ template <class T>
 at::Tensor gradient(const Kernels<T>& kernels, const at::Tensor& rows, const at::Tensor& others, const std::vector<int32_t>& row,
                     const std::vector<int32_t>& other, const T* distances, const T* weights, const std::vector<double>& row_scale,
                     const std::vector<double>& other_scale, Distance distance) {
-  const PairLists<T> lists = pair_lists<T>(rows.size(0), [&](auto emit) {
-    for (size_t t = 0; t < row.size(); ++t) emit(row[t], other[t], distances[t], weights[t]);
-  });
+  const ByRow pairs(rows.size(0), int64_t(row.size()), [&](int64_t t) { return row[t]; });
   std::vector<int32_t> in_order(rows.size(0));
   std::iota(in_order.begin(), in_order.end(), 0);
-  at::Tensor grad = at::empty({rows.size(0), rows.size(1)}, rows.options().dtype(c10::CppTypeToScalarType<T>::value));
-  T* out = grad.template mutable_data_ptr<T>();
+  at::Tensor grad = at::zeros({rows.size(0), rows.size(1)}, rows.options().dtype(c10::CppTypeToScalarType<T>::value));
   const auto data = [](const std::vector<double>& scale) { return scale.empty() ? nullptr : scale.data(); };
-  const PairGradient<T> g{rows_of(rows), rows_of(others), data(row_scale), data(other_scale), in_order.data(), nullptr, nullptr, T(0),
-                          lists.begin.data(), lists.other.data(), lists.distance.data(), lists.weight.data(), distance};
-  at::parallel_for(0, rows.size(0), row_grain(rows.size(1)),
-                   [&](int64_t begin, int64_t end) { kernels.pair_gradient(g, begin, end, out); });
+  const PairSides sides{rows_of(rows), rows_of(others), data(row_scale), data(other_scale), distance};
+  const auto list = [&](int64_t i, RowPairs<T>& of_row) {
+    for (int64_t e = pairs.begin[i]; e < pairs.begin[i + 1]; ++e) {
+      const int64_t t = pairs.element[e];
+      of_row.add(other[t], distances[t], weights[t]);
+    }
+  };
+  add_pairs(kernels, sides, in_order.data(), 0, rows.size(0), list, grad.template mutable_data_ptr<T>());
   return grad;
 }
 

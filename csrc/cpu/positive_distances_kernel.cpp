@@ -23,11 +23,14 @@ at::Tensor measure(const Kernels<T>& kernels, const at::Tensor& x, const at::Ten
   at::Tensor distances =
       at::full({begin.back()}, std::numeric_limits<double>::quiet_NaN(), x.options().dtype(c10::CppTypeToScalarType<T>::value));
   if (!pairs.finite) return distances;
-  const PositiveLists<T> lists = positive_lists(kernels, pairs, distance);
   T* out = distances.mutable_data_ptr<T>();
-  // In the order of the columns, which for one label is that of the input.
-  for (int64_t p = 0; p < pairs.rows.count; ++p)
-    for (int32_t s = 0; s < lists.length[p]; ++s) out[begin[pairs.rows.original[p]] + s] = lists.distance[lists.at(p, s)];
+  for (const Stripe& stripe : stripes_of(pairs)) {
+    const PositiveLists<T> lists = positive_lists(kernels, pairs, stripe, distance);
+    // In the order of the columns, which for one label is that of the input.
+    const auto [first, last] = row_range(pairs, stripe);
+    for (int64_t p = first; p < last; ++p)
+      for (int32_t s = 0; s < lists.length[p]; ++s) out[begin[pairs.rows.original[p]] + s] = lists.distance[lists.at(p, s)];
+  }
   return distances;
 }
 

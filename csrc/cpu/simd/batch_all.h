@@ -16,34 +16,61 @@ struct ActiveTile {
   alignas(64) T counted[kPanelRows<T> * kPanelRows<T>] = {};  // only semi-hard: positives that make a triplet with it
 };
 
-// Positives in a sorted list with d_ap + add > d, or >= d.
+// Runs of elements at the heads of sorted lists, one in each lane: how long it is, and where what follows it would stand.
+template <class T>
+struct Runs {
+  Lanes<T> length[kMicroVectors] = {}, end[kMicroVectors];
+};
+
+// Those with element + add > d, or >= d. A lane's list begins at list[first], its elements kPanelRows apart; all have `width` elements,
+// fewer than 2^31 / kPanelRows.
 template <bool kOrEqual, class T>
-DEEPSIM_INLINE int64_t run_length(const T* list, int64_t width, T add, T d) {
-  constexpr int64_t NR = kPanelRows<T>;
-  int64_t low = 0, high = width;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    const T limit = list[middle * NR] + add;
-    if (kOrEqual ? limit >= d : limit > d) {
-      low = middle + 1;
-    } else {
-      high = middle;
+DEEPSIM_INLINE Runs<T> search_runs(const T* list, const Lanes<T> (&first)[kMicroVectors], int64_t width, T add,
+                                   const Vec<T> (&d)[kMicroVectors]) {
+  using Lane = std::remove_reference_t<decltype(Lanes<T>{}[0])>;
+  constexpr Lane NR = kPanelRows<T>;
+  Runs<T> runs;
+  for (int v = 0; v < kMicroVectors; ++v) runs.end[v] = first[v];
+  for (int64_t left = width; left > 0; left /= 2) {
+    const Lane half = Lane((left + 1) / 2);
+#pragma GCC unroll 8
+    for (int v = 0; v < kMicroVectors; ++v) {
+      const Vec<T> limit = gather(list, runs.end[v] + (half - 1) * NR) + add;
+      const Lanes<T> within = kOrEqual ? limit >= d[v] : limit > d[v];
+      runs.length[v] += within & half;
+      runs.end[v] += within & (half * NR);
     }
   }
-  return low;
+  return runs;
 }
 
-// One pair by binary search. Its run of positives is noted at both of its ends; who reads `active` adds up from the end of the list.
+// A row of pairs by binary search. A run of active positives is noted at both of its ends; who reads `active` adds up from the end of
+// the list.
 template <class T, bool kSemiHard>
-DEEPSIM_INLINE void search_pair(const T* list, int64_t width, T margin, T d, T* active, T* tile_active, T* tile_counted) {
-  constexpr int64_t NR = kPanelRows<T>;
-  const int64_t end = run_length<false>(list, width, margin, d);
-  const int64_t begin = kSemiHard ? run_length<true>(list, width, T(0), d) : 0;
-  if constexpr (kSemiHard) *tile_counted += T(run_length<true>(list, width, margin, d) - begin);
-  if (end <= begin) return;
-  *tile_active += T(end - begin);
-  active[(end - 1) * NR] += 1;
-  if (begin > 0) active[(begin - 1) * NR] -= 1;
+inline void search_row(const T* distance, const T* list, const Lanes<T> (&first)[kMicroVectors], int64_t width, T margin, T* active,
+                       T* tile_active, T* tile_counted) {
+  constexpr int W = kLanes<T>, NR = kPanelRows<T>, NV = kMicroVectors;
+  Vec<T> d[NV];
+  for (int v = 0; v < NV; ++v) d[v] = load(distance + v * W);
+  const Runs<T> ends = search_runs<false>(list, first, width, margin, d);
+  Runs<T> begins;
+  if constexpr (kSemiHard) {
+    begins = search_runs<true>(list, first, width, T(0), d);
+    const Runs<T> counted = search_runs<true>(list, first, width, margin, d);
+    for (int v = 0; v < NV; ++v) {
+      T* out = tile_counted + v * W;
+      store(out, load(out) + __builtin_convertvector(counted.length[v] - begins.length[v], Vec<T>));
+    }
+  }
+  for (int v = 0; v < NV; ++v) {
+    const Vec<T> none = {}, run = __builtin_convertvector(ends.length[v] - begins.length[v], Vec<T>);
+    store(tile_active + v * W, load(tile_active + v * W) + (run > none ? run : none));
+    for (uint32_t bits = bits_lt(none, run); bits != 0; bits &= bits - 1) {
+      const int lane = __builtin_ctz(bits);
+      active[ends.end[v][lane] - NR] += 1;
+      if (kSemiHard && begins.length[v][lane] > 0) active[begins.end[v][lane] - NR] -= 1;
+    }
+  }
 }
 
 // count += 1 where low < d < high (low left out unless semi-hard); says for which lanes.
@@ -65,9 +92,9 @@ inline void rows_as_anchors(const T* distance, const T* lists, int64_t width, T 
     }
     if (!any) continue;
     if (width > kScannedPositives) {
-      for (int c = 0; c < NR; ++c)
-        search_pair<T, kSemiHard>(lists + r, width, margin, distance[r * NR + c], active + r, tile.active + r * NR + c,
-                                  tile.counted + r * NR + c);
+      const Lanes<T> one_list[NV] = {};
+      search_row<T, kSemiHard>(distance + r * NR, lists + r, one_list, width, margin, active + r, tile.active + r * NR,
+                               tile.counted + r * NR);
       continue;
     }
     for (int64_t p = 0; p < width && any; ++p) {
@@ -95,10 +122,10 @@ inline void columns_as_anchors(const T* distance, const T* lists, int64_t width,
   constexpr int W = kLanes<T>, NR = kPanelRows<T>, kRows = 4;
   static_assert(NR % kRows == 0);
   if (width > kScannedPositives) {
+    Lanes<T> lists_of_lanes[kMicroVectors];
+    for (int c = 0; c < NR; ++c) lists_of_lanes[c / W][c % W] = c;
     for (int r = 0; r < NR; ++r)
-      for (int c = 0; c < NR; ++c)
-        search_pair<T, kSemiHard>(lists + c, width, margin, distance[r * NR + c], active + c, tile.active + r * NR + c,
-                                  tile.counted + r * NR + c);
+      search_row<T, kSemiHard>(distance + r * NR, lists, lists_of_lanes, width, margin, active, tile.active + r * NR, tile.counted + r * NR);
     return;
   }
   for (int v = 0; v < kMicroVectors; ++v) {

@@ -27,26 +27,46 @@ DEEPSIM_INLINE void improve(T* value, int32_t* index, Vec<T> found, const T* til
   store(value, better ? found : known);
 }
 
-// One of many positives: only the nearest that the negative is farther than takes note of it. Who reads the list hands it on to the
-// positives after that one.
+// The farthest negatives of a tile, in the columns [c, c + kLanes) of the panel.
+template <class T>
+DEEPSIM_INLINE void offer_farthest(const SemiHardLists<T>& l, int64_t row, const T* tile, const int32_t* original) {
+  constexpr int64_t NR = kPanelRows<T>;
+  const Vec<T> far = broadcast(kFar<T>);
+  Vec<T> farthest = broadcast(T(-1));
+  for (int64_t r = 0; r < NR; ++r) {
+    const Vec<T> d = load(tile + r * NR), candidate = d < far ? d : farthest;
+    farthest = farthest < candidate ? candidate : farthest;
+  }
+  if (bits_le(load(l.farthest + row), farthest) != 0)
+    improve(l.farthest + row, l.farthest_index + row, farthest, tile, original, [](auto a, auto b) { return a > b; });
+}
+
+// Many positives: only the nearest that the negative is farther than takes note of it. Who reads the list hands it on to the positives
+// after that one.
 template <class T>
 inline void offer_by_search(const SemiHardLists<T>& l, int64_t panel, int64_t width, const T* tile, const int32_t* original) {
-  constexpr int64_t NR = kPanelRows<T>;
-  const auto take = [](T& value, int32_t& index, T d, int32_t i, bool better) {
-    if (!better && !(d == value && i < index)) return;
-    value = d;
-    index = i;
-  };
-  for (int64_t c = 0; c < NR; ++c) {
-    const int64_t first = l.begin[panel] + c, row = panel * NR + c;
-    for (int64_t r = 0; r < NR; ++r) {
-      const T d = tile[r * NR + c];
-      if (d == kFar<T>) continue;
-      take(l.farthest[row], l.farthest_index[row], d, original[r], d > l.farthest[row]);
-      const int64_t p = run_length<true>(l.positive + first, width, T(0), d);
-      if (p == width) continue;
-      T& nearest = l.nearest[first + p * NR];
-      take(nearest, l.nearest_index[first + p * NR], d, original[r], d < nearest);
+  constexpr int W = kLanes<T>, NR = kPanelRows<T>, NV = kMicroVectors;
+  const T* list = l.positive + l.begin[panel];
+  T* nearest = l.nearest + l.begin[panel];
+  int32_t* nearest_index = l.nearest_index + l.begin[panel];
+  Lanes<T> first[NV], beyond = {};
+  for (int c = 0; c < NR; ++c) first[c / W][c % W] = c;
+  for (int l = 0; l < W; ++l) beyond[l] = width;
+  for (int64_t r = 0; r < NR; ++r) {
+    Vec<T> d[NV];
+    for (int v = 0; v < NV; ++v) d[v] = load(tile + r * NR + v * W);
+    const Runs<T> farther = search_runs<true>(list, first, width, T(0), d);
+    for (int v = 0; v < NV; ++v) {
+      const Lanes<T> exists = (farther.length[v] < beyond) & (d[v] < kFar<T>);
+      const Lanes<T> at = exists ? farther.end[v] : first[v];
+      const Vec<T> candidate = exists ? d[v] : broadcast(kFar<T>);
+      for (uint32_t bits = bits_le(candidate, gather(nearest, at)) & bits_lt(candidate, broadcast(kFar<T>)); bits != 0; bits &= bits - 1) {
+        const int lane = __builtin_ctz(bits);
+        const int64_t p = at[lane];
+        if (candidate[lane] == nearest[p] && nearest_index[p] < original[r]) continue;
+        nearest[p] = candidate[lane];
+        nearest_index[p] = original[r];
+      }
     }
   }
 }
@@ -57,17 +77,10 @@ inline void offer(const SemiHardLists<T>& l, int64_t panel, const T* tile, const
   constexpr int64_t W = kLanes<T>, NR = kPanelRows<T>;
   const int64_t width = (l.begin[panel + 1] - l.begin[panel]) / NR;
   if (width == 0) return;
+  for (int64_t c = 0; c < NR; c += W) offer_farthest(l, panel * NR + c, tile + c, original);
   if (width > kScannedPositives) return offer_by_search(l, panel, width, tile, original);
   const Vec<T> far = broadcast(kFar<T>);
   for (int64_t c = 0; c < NR; c += W, tile += W) {
-    Vec<T> farthest = broadcast(T(-1));
-    for (int64_t r = 0; r < NR; ++r) {
-      const Vec<T> d = load(tile + r * NR), candidate = d < far ? d : farthest;
-      farthest = farthest < candidate ? candidate : farthest;
-    }
-    const int64_t row = panel * NR + c;
-    if (bits_le(load(l.farthest + row), farthest) != 0)
-      improve(l.farthest + row, l.farthest_index + row, farthest, tile, original, [](auto a, auto b) { return a > b; });
     for (int64_t p = 0; p < width; ++p) {
       const int64_t at = l.begin[panel] + p * NR + c;
       const Vec<T> positive = load(l.positive + at);

@@ -31,6 +31,7 @@ constexpr Kernels<typename ComputeOf<S>::type> kernels_for() {
           contrastive_negatives<T>,
           pair_distances<S>,
           pair_gradient<S>,
+          finish_gradient<S>,
           gram_scratch<T>,
           gram<S>,
           gram_gradient<S>};

@@ -67,9 +67,16 @@ DEEPSIM_INLINE void store_lanes(int32_t* p, Lanes<T> lanes) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+// gather: lane l is base[index[l]].
 // bits_le, bits_lt: bit l of the result says whether a[l] <= b[l] (a[l] < b[l]); false where either is NaN.
 // count_lt: adds 1 to the lanes of `count` for which that is so, and returns the bits.
 #if DEEPSIM_VECTOR_BYTES == 64
+DEEPSIM_INLINE Vec<float> gather(const float* base, Lanes<float> index) {
+  return (Vec<float>)_mm512_i32gather_ps((__m512i)index, base, 4);
+}
+DEEPSIM_INLINE Vec<double> gather(const double* base, Lanes<double> index) {
+  return (Vec<double>)_mm512_i64gather_pd((__m512i)index, base, 8);
+}
 DEEPSIM_INLINE uint32_t bits_le(Vec<float> a, Vec<float> b) {
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LE_OQ);
 }
@@ -95,6 +102,12 @@ DEEPSIM_INLINE uint32_t count_lt(Vec<double>& count, Vec<double> a, Vec<double> 
 DEEPSIM_INLINE Vec<float> square_root(Vec<float> a) { return (Vec<float>)_mm512_sqrt_ps((__m512)a); }
 DEEPSIM_INLINE Vec<double> square_root(Vec<double> a) { return (Vec<double>)_mm512_sqrt_pd((__m512d)a); }
 #elif DEEPSIM_VECTOR_BYTES == 32
+DEEPSIM_INLINE Vec<float> gather(const float* base, Lanes<float> index) {
+  return (Vec<float>)_mm256_i32gather_ps(base, (__m256i)index, 4);
+}
+DEEPSIM_INLINE Vec<double> gather(const double* base, Lanes<double> index) {
+  return (Vec<double>)_mm256_i64gather_pd(base, (__m256i)index, 8);
+}
 DEEPSIM_INLINE uint32_t bits_le(Vec<float> a, Vec<float> b) {
   return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_LE_OQ)));
 }
@@ -120,6 +133,12 @@ DEEPSIM_INLINE uint32_t count_lt(Vec<double>& count, Vec<double> a, Vec<double> 
 DEEPSIM_INLINE Vec<float> square_root(Vec<float> a) { return (Vec<float>)_mm256_sqrt_ps((__m256)a); }
 DEEPSIM_INLINE Vec<double> square_root(Vec<double> a) { return (Vec<double>)_mm256_sqrt_pd((__m256d)a); }
 #else
+template <class T>
+DEEPSIM_INLINE Vec<T> gather(const T* base, Lanes<T> index) {
+  Vec<T> v;
+  for (int l = 0; l < kLanes<T>; ++l) v[l] = base[index[l]];
+  return v;
+}
 template <class V>
 DEEPSIM_INLINE uint32_t bits_le(V a, V b) {
   uint32_t bits = 0;
