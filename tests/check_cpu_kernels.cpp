@@ -250,7 +250,7 @@ void check_all_pairs(const std::string& name, const Kernels<T>& kernels, int64_t
 
   // Every row with the next one, on top of what contrastive_negatives has gathered.
   std::vector<int32_t> row(n), next(n);
-  std::vector<T> d(n), weight(n, T(1)), grad(n * depth);
+  std::vector<T> d(n), grad(n * depth);
   for (int64_t i = 0; i < n; ++i) row[i] = int32_t(i), next[i] = int32_t((i + 1) % n);
   in_threads(n, [&](int64_t b, int64_t e) {
     kernels.pair_distances(points.rows, points.rows, row.data(), next.data(), Distance::euclidean, b, e, d.data());
@@ -260,7 +260,10 @@ void check_all_pairs(const std::string& name, const Kernels<T>& kernels, int64_t
   const GatheredRows<T> gathered{points.rows, nullptr, points.original.data(), gradient.data(), points.panel_buffer.data(), T(1), T(1),
                                  Distance::euclidean};
   in_threads(n, [&](int64_t b, int64_t e) {
-    for (int64_t i = b; i < e; ++i) kernels.pair_gradient(sides, i, 1, &next[i], &d[i], &weight[i], &grad[i * depth]);
+    for (int64_t i = b; i < e; ++i) {
+      const ListedPair<T> pair{next[i], d[i], T(1)};
+      kernels.pair_gradient(sides, i, &pair, 1, &grad[i * depth]);
+    }
   });
   in_threads(n, [&](int64_t b, int64_t e) { kernels.finish_gradient(gathered, b, e, grad.data()); });
   for (int64_t i = 0; i < n; ++i) {

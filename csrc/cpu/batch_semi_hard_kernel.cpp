@@ -103,13 +103,13 @@ void add_gradient(PairGradients<T>& gradients, const PackedPairs<T>& pairs, cons
   const Stage stage("gradient");
   const auto [first, last] = row_range(pairs, stripe);
   gradients.add_to_rows(first, last, [&](int64_t p, RowPairs<T>& row) {
-    for (int64_t t = triplets.begin[p]; t < triplets.begin[p + 1]; ++t) row.add(triplets.negative[t], triplets.d_an[t], -triplets.weight[t]);
+    for (int64_t t = triplets.begin[p]; t < triplets.begin[p + 1]; ++t) append(row, triplets.negative[t], triplets.d_an[t], -triplets.weight[t]);
   });
   const ByRow chosen(pairs.columns().count, triplets.size(), [&](int64_t t) { return position[triplets.negative[t]]; });
   gradients.add_to_columns(0, pairs.columns().count, [&](int64_t c, RowPairs<T>& column) {
     for (int64_t i = chosen.begin[c]; i < chosen.begin[c + 1]; ++i) {
       const int64_t t = chosen.element[i];
-      column.add(triplets.anchor[t], triplets.d_an[t], -triplets.weight[t]);
+      append(column, triplets.anchor[t], triplets.d_an[t], -triplets.weight[t]);
     }
   });
 }

@@ -177,6 +177,13 @@ struct PairSides {
   Distance distance;
 };
 
+// A pair of some row whose distance has a weight in the loss.
+template <class T>
+struct ListedPair {
+  int32_t other;  // row of the other side, as the input has it
+  T distance, weight;
+};
+
 // Gradient rows: factor * what stands there + gathered_factor * what tiles gathered.
 template <class T>
 struct GatheredRows {
@@ -231,9 +238,8 @@ struct Kernels {
   // distances[k] between rows[row[k]] and others[other[k]] by direct differences, k in [begin, end).
   void (*pair_distances)(const Rows& rows, const Rows& others, const int32_t* row, const int32_t* other, Distance distance,
                          int64_t begin, int64_t end, T* distances);
-  // Adds to `grad`, [depth], over pairs of `row` with rows `other`, weight * derivative of the distance by `row`.
-  void (*pair_gradient)(const PairSides& sides, int64_t row, int64_t count, const int32_t* other, const T* distance, const T* weight,
-                        T* grad);
+  // Adds to `grad`, [depth], over pairs of `row`, weight * derivative of the distance by `row`.
+  void (*pair_gradient)(const PairSides& sides, int64_t row, const ListedPair<T>* pairs, int64_t count, T* grad);
   // Rows of the packed positions [begin, end), each at its place in `grad`, [rows][depth].
   void (*finish_gradient)(const GatheredRows<T>& g, int64_t begin, int64_t end, T* grad);
   // Upper-triangle tiles of F F^T over the slice: tiles[(I, J), I <= J][panel_rows][panel_rows], rows of panel I, columns of panel J.

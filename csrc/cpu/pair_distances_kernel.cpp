@@ -54,7 +54,7 @@ at::Tensor gradient(const Kernels<T>& kernels, const at::Tensor& rows, const at:
   const auto list = [&](int64_t i, RowPairs<T>& of_row) {
     for (int64_t e = pairs.begin[i]; e < pairs.begin[i + 1]; ++e) {
       const int64_t t = pairs.element[e];
-      of_row.add(other[t], distances[t], weights[t]);
+      append(of_row, other[t], distances[t], weights[t]);
     }
   };
   add_pairs(kernels, sides, in_order.data(), 0, rows.size(0), list, grad.template mutable_data_ptr<T>());

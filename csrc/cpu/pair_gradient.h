@@ -10,28 +10,11 @@
 
 namespace deepsim::cpu {
 
-// The pairs of one row whose distances have a weight in the loss.
 template <class T>
-struct RowPairs {
-  std::vector<int32_t> other;  // row of the other side, as the input has it
-  std::vector<T> distance, weight;
+using RowPairs = std::vector<ListedPair<T>>;
 
-  void add(int32_t row, T d, T w) {
-    if (w == 0) return;
-    other.push_back(row);
-    distance.push_back(d);
-    weight.push_back(w);
-  }
-
-  void clear() {
-    other.clear();
-    distance.clear();
-    weight.clear();
-  }
-};
-
-// Adds to the gradient `grad`, [rows][depth], that of the pairs of every row at the positions [begin, end). list(p, pairs) adds those of
-// the row at position p, which is row original[p].
+// Adds to the gradient `grad`, [rows][depth], that of the pairs of every row at the positions [begin, end). list(p, pairs) appends those
+// of the row at position p, which is row original[p].
 template <class T, class List>
 void add_pairs(const Kernels<T>& kernels, const PairSides& sides, const int32_t* original, int64_t begin, int64_t end, List list, T* grad) {
   at::parallel_for(begin, end, row_grain(sides.rows.depth), [&](int64_t from, int64_t to) {
@@ -39,10 +22,15 @@ void add_pairs(const Kernels<T>& kernels, const PairSides& sides, const int32_t*
     for (int64_t p = from; p < to; ++p) {
       pairs.clear();
       list(p, pairs);
-      kernels.pair_gradient(sides, original[p], int64_t(pairs.other.size()), pairs.other.data(), pairs.distance.data(),
-                            pairs.weight.data(), grad + original[p] * sides.rows.depth);
+      kernels.pair_gradient(sides, original[p], pairs.data(), int64_t(pairs.size()), grad + original[p] * sides.rows.depth);
     }
   });
+}
+
+// Pairs that weigh nothing, which may be most, are left out.
+template <class T>
+void append(RowPairs<T>& pairs, int32_t other, T distance, T weight) {
+  if (weight != 0) pairs.push_back({other, distance, weight});
 }
 
 // The elements of a list by the row that each is of, in their order.
@@ -100,7 +88,7 @@ class PairGradients {
         const int64_t c = positive_column(pairs_, p, s);
         T total = weight(p, s);
         if (at_once) total += same_weight ? total : weight(c, positive_slot(pairs_, c, p));
-        row.add(pairs_.columns().original[c], distance(p, s), total);
+        append(row, pairs_.columns().original[c], distance(p, s), total);
       }
     });
     if (at_once || first == last) return;
@@ -109,7 +97,7 @@ class PairGradients {
       for (int64_t p = std::max<int64_t>(first, anchors.begin[c]); p < std::min<int64_t>(last, anchors.end[c]); ++p) {
         if (pairs_.symmetric && p == c) continue;
         const int64_t s = positive_slot(pairs_, p, c);
-        column.add(pairs_.rows.original[p], distance(p, s), weight(p, s));
+        append(column, pairs_.rows.original[p], distance(p, s), weight(p, s));
       }
     });
   }

@@ -14,12 +14,13 @@ void pair_distances(const Rows& rows, const Rows& others, const int32_t* row, co
 }
 
 template <class S>
-void pair_gradient(const PairSides& sides, int64_t row, int64_t count, const int32_t* other, const typename ComputeOf<S>::type* distance,
-                   const typename ComputeOf<S>::type* weight, typename ComputeOf<S>::type* grad) {
+void pair_gradient(const PairSides& sides, int64_t row, const ListedPair<typename ComputeOf<S>::type>* pairs, int64_t count,
+                   typename ComputeOf<S>::type* grad) {
   const S* x = row_of<S>(sides.rows, row);
   for (int64_t t = 0; t < count; ++t) {
-    add_distance_gradient(x, row_of<S>(sides.others, other[t]), sides.rows.depth, sides.distance, distance[t], weight[t],
-                          sides.row_scale ? sides.row_scale[row] : 1.0, sides.other_scale ? sides.other_scale[other[t]] : 1.0, grad);
+    const auto [other, distance, weight] = pairs[t];
+    add_distance_gradient(x, row_of<S>(sides.others, other), sides.rows.depth, sides.distance, distance, weight,
+                          sides.row_scale ? sides.row_scale[row] : 1.0, sides.other_scale ? sides.other_scale[other] : 1.0, grad);
   }
 }
 
