@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from . import _checks
-from .reference.distances import rowwise
+from .reference.distances import rowwise, unit_rows, zero_rows
 
 
 def triplet_margin_loss(
@@ -60,18 +62,30 @@ def triplet_margin_loss(
         reduction=reduction,
     )
     dtype = _checks.compute_dtype(a)
-    a, p, n = a.to(dtype), p.to(dtype), n.to(dtype)
-    d_an = rowwise(a, n, distance)
+    rows = [x.to(dtype) for x in (a, p, n)]
+    between = _distances(rows, distance)
+    d_an = between(0, 2)
     if swap:
-        d_an = torch.minimum(d_an, rowwise(p, n, distance))
-    gap = rowwise(a, p, distance) - d_an
+        d_an = torch.minimum(d_an, between(1, 2))
+    gap = between(0, 1) - d_an
     # Beyond the threshold softplus(z) is taken to be z; exp(-40) is below the rounding of a float64.
     loss = torch.nn.functional.softplus(gap, threshold=40) if soft else (gap + margin).relu()
-    # Looked for in the embeddings: relu hides a negative that is infinitely far.
-    finite = (a.isfinite() & p.isfinite() & n.isfinite()).all(dim=1)
+    # Looked for in the embeddings: relu hides a negative that is infinitely far. A sum is finite where
+    # all that it adds is, but for numbers so large that their squares are not.
+    with torch.no_grad():
+        finite = sum(x.sum(dim=1) for x in rows).isfinite()
     loss = torch.where(finite, loss, torch.nan)
     if reduction == "none":
         return loss
     if reduction == "mean_nonzero":
         return loss.sum() / (loss > 0).sum().clamp(min=1)
     return loss.sum() / max(loss.shape[0], 1) if reduction == "mean" else loss.sum()
+
+
+def _distances(rows: Sequence[Tensor], distance: str) -> Callable[[int, int], Tensor]:
+    """The distances between the rows of two of some tensors, each of which is scaled once."""
+    if distance != "cosine":
+        return lambda i, j: rowwise(rows[i], rows[j], distance)
+    units, zero = [unit_rows(x) for x in rows], [zero_rows(x) for x in rows]
+    # As `rowwise` has it.
+    return lambda i, j: torch.where(zero[i] | zero[j], 1.0, rowwise(units[i], units[j], "sqeuclidean") / 2)
