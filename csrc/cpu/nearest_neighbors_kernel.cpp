@@ -21,7 +21,7 @@ namespace deepsim::cpu {
 namespace {
 
 // Queries that are compared with a gallery by differences at a time.
-constexpr int64_t kFew = 32;
+constexpr int64_t kFew = 16;
 
 // Candidates beyond k that are measured: k + kSpare + k / kSpareShare in all.
 constexpr int64_t kSpare = 4, kSpareShare = 16;
@@ -221,10 +221,8 @@ std::tuple<at::Tensor, at::Tensor> search(const Kernels<T>& kernels, const at::T
 }
 
 // Whether one pass over the gallery with direct differences, shared out among all threads, takes less time than packing it for tiles of
-// which one thread would have most. Differences for cosine distance divide every coordinate, and halves had better be converted once.
-bool few(const at::Tensor& queries, Distance distance) {
-  return queries.size(0) <= (distance == Distance::cosine ? 2 : kFew) && queries.element_size() >= int64_t(sizeof(float));
-}
+// which one thread would have most. Differences for cosine distance divide every coordinate.
+bool few(const at::Tensor& queries, Distance distance) { return queries.size(0) <= (distance == Distance::cosine ? 2 : kFew); }
 
 template <class T>
 std::tuple<at::Tensor, at::Tensor> search_directly(const Kernels<T>& kernels, const at::Tensor& queries, const at::Tensor& gallery,
