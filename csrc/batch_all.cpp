@@ -11,10 +11,12 @@ constexpr char kBatchAllBackward[] = "batch_all_triplet_loss_backward";
 
 TORCH_LIBRARY_FRAGMENT(deepsim_ext, m) {
   // semi_hard: only triplets with d_ap < d_an <= d_ap + margin. counts: valid anchors, triplets, triplets with a loss > 0; means: of d_ap
-  // and d_an over the triplets. The gradients are those of the loss, in its dtype, and have no rows unless with_gradient.
+  // and d_an over the triplets. The gradients are those of the loss, in its dtype, and have no rows unless with_gradient;
+  // that by the references needs with_ref_gradient too.
   m.def(
       "batch_all_triplet_loss(Tensor embeddings, Tensor labels, Tensor? ref_embeddings, Tensor? ref_labels, float margin,"
-      " bool semi_hard, str distance, str reduction, bool with_gradient)"
+      " bool semi_hard, str distance, str reduction, bool with_gradient,"
+      " bool with_ref_gradient)"
       " -> (Tensor loss, Tensor counts, Tensor means, Tensor grad_embeddings, Tensor grad_ref_embeddings)");
   // The other arguments are those of the forward op, for the gradient of this gradient.
   m.def(

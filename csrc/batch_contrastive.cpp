@@ -11,10 +11,12 @@ constexpr char kBatchContrastiveBackward[] = "batch_contrastive_loss_backward";
 
 TORCH_LIBRARY_FRAGMENT(deepsim_ext, m) {
   // Over ordered pairs. counts: positive pairs, negative pairs, and those of either with a loss > 0; means: of the positive and the
-  // negative pairs' distances. The gradients are those of the loss, in its dtype, and have no rows unless with_gradient.
+  // negative pairs' distances. The gradients are those of the loss, in its dtype, and have no rows unless with_gradient;
+  // that by the references needs with_ref_gradient too.
   m.def(
       "batch_contrastive_loss(Tensor embeddings, Tensor labels, Tensor? ref_embeddings, Tensor? ref_labels, float pos_margin,"
-      " float neg_margin, bool squared, str distance, str reduction, bool with_gradient)"
+      " float neg_margin, bool squared, str distance, str reduction, bool with_gradient,"
+      " bool with_ref_gradient)"
       " -> (Tensor loss, Tensor counts, Tensor means, Tensor grad_embeddings, Tensor grad_ref_embeddings)");
   // The other arguments are those of the forward op, for the gradient of this gradient.
   m.def(

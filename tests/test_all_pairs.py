@@ -137,11 +137,15 @@ def test_opcheck(op, dtype):
     for sample, distance, reduction in zip(forms, DISTANCES, ("mean", "mean_nonzero", "sum"), strict=True):
         tensors = sample.fresh(requires_grad=True)
         options = (*OPS[op], distance, reduction)
-        opcheck(forward, (*tensors, *options, True))
-        opcheck(forward, (*(t if t is None else t.detach() for t in tensors), *options, False))
+        opcheck(forward, (*tensors, *options, True, True))
+        opcheck(forward, (*(t if t is None else t.detach() for t in tensors), *options, False, False))
         with torch.no_grad():
-            *_, grad, grad_ref = forward(*tensors, *options, True)
+            *_, grad, grad_ref = forward(*tensors, *options, True, True)
         opcheck(backward, (torch.ones((), dtype=grad.dtype), grad, grad_ref, *tensors, *options))
+        if tensors[2] is not None:
+            tensors[2].requires_grad_(False)
+            opcheck(forward, (*tensors, *options, True, False))
+            opcheck(backward, (torch.ones((), dtype=grad.dtype), grad, grad_ref[:0], *tensors, *options))
 
 
 # ---- contracts ---------------------------------------------------------------------------------------------
@@ -402,9 +406,36 @@ def test_without_a_gradient_wanted_none_is_formed(name):
     assert torch.equal(plain, loss(x, labels, **options).detach())
 
 
+@by_loss
+@by_distance
+def test_the_gradient_of_references_is_formed_only_where_it_is_wanted(name, distance):
+    """As for a memory of earlier batches. The anchors' gradients are the same, to the bit."""
+    loss, options = LOSSES[name]
+    x, ref = torch.randn(70, 6, dtype=torch.float64), torch.randn(50, 6, dtype=torch.float64)
+    labels, ref_labels = torch.arange(70) // 5, torch.arange(50) // 4
+    options = options | {"distance": distance}
+    found = []
+    for wanted in (True, False):
+        leaf, others = x.clone().requires_grad_(), ref.clone().requires_grad_(wanted)
+        value = loss(leaf, labels, others, ref_labels, **options)
+        (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), leaf)
+        assert others.grad is None
+        found.append((value.detach(), gradient.detach(), second))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+    leaf, others = x.clone(), ref.clone().requires_grad_()
+    loss(leaf, labels, others, ref_labels, **options).backward()
+    assert others.grad.norm() > 0
+    forward, kept = getattr(ops, loss.__name__), (x, labels, ref, ref_labels)
+    grads = forward(*kept, *OPS[loss.__name__], distance, "sum", True, False)[-2:]
+    assert [g.shape[0] for g in grads] == [70, 0]
+
+
 def test_backward_of_a_forward_without_gradient_is_an_error():
     x, labels = torch.randn(30, 4, requires_grad=True), torch.arange(30) // 3
-    value, *_ = ops.batch_all_triplet_loss(x, labels, None, None, 0.2, False, "euclidean", "mean", False)
+    options = (0.2, False, "euclidean", "mean")
+    value, *_ = ops.batch_all_triplet_loss(x, labels, None, None, *options, False, False)
     with pytest.raises(ValueError, match="with_gradient=True"):
         value.backward()
 
@@ -413,12 +444,12 @@ def test_backward_of_a_forward_without_gradient_is_an_error():
 def test_the_ops_guard_memory(op):
     x, labels = torch.randn(6, 3), torch.arange(6) // 2
     call = getattr(ops, op)
-    tail = (*OPS[op], "euclidean", "mean", True)
+    tail = (*OPS[op], "euclidean", "mean", True, True)
     with pytest.raises(ValueError, match=r"labels must be of shape \[6\]"):
         call(x, labels[:5], None, None, *tail)
     with pytest.raises(TypeError, match="embeddings must be float32"):
         call(x.long(), labels, None, None, *tail)
     with pytest.raises(ValueError, match="reduction must be one of"):
-        call(x, labels, None, None, *OPS[op], "euclidean", "none", True)
+        call(x, labels, None, None, *OPS[op], "euclidean", "none", True, True)
     with pytest.raises(ValueError, match="distance must be one of"):
-        call(x, labels, None, None, *OPS[op], "l2", "mean", True)
+        call(x, labels, None, None, *OPS[op], "l2", "mean", True, True)

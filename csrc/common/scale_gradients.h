@@ -11,7 +11,8 @@
 
 namespace deepsim {
 
-// The op `kFunction`. grad, grad_ref: the loss's gradients by embeddings and ref_embeddings as the forward op returned them; the labels
+// The op `kFunction`. grad, grad_ref: the loss's gradients by embeddings and ref_embeddings as the forward op returned them, the latter
+// without rows where with_ref_gradient was false, and without rows when scaled; the labels
 // and options, those of the forward op, are for the gradient of this gradient.
 template <const char* kFunction, class... Options>
 std::tuple<at::Tensor, at::Tensor> scale_gradients(const at::Tensor& grad_loss, const at::Tensor& grad, const at::Tensor& grad_ref,
@@ -26,7 +27,8 @@ std::tuple<at::Tensor, at::Tensor> scale_gradients(const at::Tensor& grad_loss, 
   };
   check_like(kFunction, "grad_loss", grad_loss, type, embeddings.device(), {});
   check_gradient("grad", grad, embeddings);
-  if (ref_embeddings) check_gradient("grad_ref", grad_ref, *ref_embeddings);
+  // No rows: not wanted.
+  if (ref_embeddings && grad_ref.size(0) > 0) check_gradient("grad_ref", grad_ref, *ref_embeddings);
   const auto scaled = [&](const at::Tensor& g) { return at::mul(g, grad_loss).to(embeddings.scalar_type()); };
   return {scaled(grad), ref_embeddings ? scaled(grad_ref) : at::empty({0, embeddings.size(1)}, embeddings.options())};
 }

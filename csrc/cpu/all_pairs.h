@@ -86,14 +86,19 @@ LossWithGradient loss_with_gradient(const at::Tensor& x, double loss, const std:
           at::empty({0, x.size(1)}, options), at::empty({0, x.size(1)}, options)};
 }
 
+// Whose gradients are wanted; in the self form, `references` does not matter.
+struct Wanted {
+  bool gradient, of_references;
+};
+
 // What comes of a NaN or inf in the input.
 template <class T>
-LossWithGradient not_finite(const at::Tensor& x, const OptionalTensor& ref, const std::vector<int64_t>& counts, bool with_gradient) {
+LossWithGradient not_finite(const at::Tensor& x, const OptionalTensor& ref, const std::vector<int64_t>& counts, Wanted wanted) {
   constexpr double nan = std::numeric_limits<double>::quiet_NaN();
   LossWithGradient result = loss_with_gradient<T>(x, nan, counts, {nan, nan});
-  if (!with_gradient) return result;
+  if (!wanted.gradient) return result;
   result.grad = at::full({x.size(0), x.size(1)}, nan, result.loss.options());
-  if (ref) result.grad_ref = at::full({ref->size(0), x.size(1)}, nan, result.loss.options());
+  if (ref && wanted.of_references) result.grad_ref = at::full({ref->size(0), x.size(1)}, nan, result.loss.options());
   return result;
 }
 

@@ -27,19 +27,18 @@ struct BatchAllPositives {
 template <class T>
 LossWithGradient batch_all_forward(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& labels, const OptionalTensor& ref,
                                    const OptionalTensor& ref_labels, double margin, bool semi_hard, Distance distance,
-                                   SumReduction reduction, bool with_gradient) {
+                                   SumReduction reduction, Wanted wanted) {
   const PackedPairs<T> pairs = pack_pairs(kernels, x, labels, ref, ref_labels, distance);
   int64_t valid_anchors = 0, triplets = 0;
   for (int64_t p = 0; p < pairs.rows.count; ++p) {
     valid_anchors += pairs.positive_count(p) > 0 && pairs.negative_count(p) > 0;
     triplets += pairs.positive_count(p) * pairs.negative_count(p);
   }
-  if (!pairs.finite) return not_finite<T>(x, ref, {valid_anchors, semi_hard ? 0 : triplets, 0}, with_gradient);
+  if (!pairs.finite) return not_finite<T>(x, ref, {valid_anchors, semi_hard ? 0 : triplets, 0}, wanted);
 
   const std::vector<Stripe> stripes = stripes_of(pairs);
-  const GatheredGradient<T> gathered =
-      with_gradient ? GatheredGradient<T>(pairs, pairs.symmetric && stripes.size() <= 1) : GatheredGradient<T>();
-  PairGradients<T> gradients(kernels, pairs, x, ref, distance);
+  const GatheredGradient<T> gathered(pairs, pairs.symmetric && stripes.size() <= 1, wanted);
+  PairGradients<T> gradients(kernels, pairs, x, ref, distance, wanted);
   BatchAllSums sums;
   BatchAllPositives positives;
   for (const Stripe& stripe : stripes) {
@@ -55,9 +54,9 @@ LossWithGradient batch_all_forward(const Kernels<T>& kernels, const at::Tensor& 
         sum.d_ap += d * (semi_hard ? n : double(pairs.negative_count(p)));
       }
     });
-    if (with_gradient) gradients.add_positives(stripe, d_ap, count, false);
+    gradients.add_positives(stripe, d_ap, count, false);
   }
-  if (!std::isfinite(sums.active_d_an)) return not_finite<T>(x, ref, {valid_anchors, 0, 0}, with_gradient);  // it did not fit into T
+  if (!std::isfinite(sums.active_d_an)) return not_finite<T>(x, ref, {valid_anchors, 0, 0}, wanted);  // it did not fit into T
 
   // Semi-hard triplets without a loss have d_ap = d_an - margin.
   if (semi_hard) positives.d_ap += sums.d_an - sums.active_d_an - double(sums.triplets - sums.active) * margin;
@@ -67,13 +66,13 @@ LossWithGradient batch_all_forward(const Kernels<T>& kernels, const at::Tensor& 
   LossWithGradient result = loss_with_gradient<T>(x, std::max(0.0, positives.limits - sums.active_d_an) * scale,
                                                   {valid_anchors, triplets, int64_t(positives.active)},
                                                   {ratio(positives.d_ap, triplets), ratio(sums.d_an, triplets)});
-  if (with_gradient) gradients.finish(T(scale), gathered, T(scale), result.grad, result.grad_ref);
+  gradients.finish(T(scale), gathered, T(scale), result.grad, result.grad_ref);
   return result;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_all_triplet_loss(
     const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& ref_embeddings, const OptionalTensor& ref_labels,
-    double margin, bool semi_hard, std::string_view distance, std::string_view reduction, bool with_gradient) {
+    double margin, bool semi_hard, std::string_view distance, std::string_view reduction, bool with_gradient, bool with_ref_gradient) {
   constexpr const char* function = "batch_all_triplet_loss";
   check_batch(function, embeddings, labels, ref_embeddings, ref_labels);
   const Distance d = distance_from(function, distance);
@@ -82,7 +81,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_all
   const OptionalTensor ref = ref_embeddings ? OptionalTensor(with_adjacent_columns(*ref_embeddings)) : std::nullopt;
   return dispatch(x.scalar_type(), [&](const auto& kernels) {
     using T = typename std::decay_t<decltype(kernels)>::Compute;
-    const LossWithGradient l = batch_all_forward<T>(kernels, x, labels, ref, ref_labels, margin, semi_hard, d, r, with_gradient);
+    const LossWithGradient l = batch_all_forward<T>(kernels, x, labels, ref, ref_labels, margin, semi_hard, d, r,
+                                                    {with_gradient, with_ref_gradient});
     return std::tuple(l.loss, l.counts, l.means, l.grad, l.grad_ref);
   });
 }

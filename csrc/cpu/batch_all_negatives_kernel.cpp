@@ -31,7 +31,8 @@ Added count(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& la
   const bool comparable = positives.le(double(std::numeric_limits<T>::max() / 2)).all().template item<bool>();
   if (!pairs.finite || !comparable) return added;
   PositiveLists<T> lists = given_lists<T>(pairs, 0, begin, positives);
-  const GatheredGradient<T> gathered = with_gradient ? GatheredGradient<T>(pairs, false) : GatheredGradient<T>();
+  const Wanted wanted{with_gradient, with_gradient};
+  const GatheredGradient<T> gathered(pairs, false, wanted);
   BatchAllSums s;
   const std::vector<T> counts = active_negatives(kernels, pairs, lists, margin, semi_hard, distance, s, gathered);
   if (!std::isfinite(s.active_d_an)) return added;  // it did not fit into T
@@ -42,7 +43,7 @@ Added count(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& la
     for (int32_t t = 0; t < lists.length[p]; ++t)
       active.mutable_data_ptr<T>()[first[pairs.rows.original[p]] + t] = counts[lists.at(p, t)];
   if (!with_gradient) return added;
-  PairGradients<T>(kernels, pairs, x, OptionalTensor(ref), distance).finish(T(1), gathered, T(1), grad, grad_ref);
+  PairGradients<T>(kernels, pairs, x, OptionalTensor(ref), distance, wanted).finish(T(1), gathered, T(1), grad, grad_ref);
   return added;
 }
 

@@ -32,16 +32,16 @@ struct ContrastivePositives {
 
 template <class T>
 LossWithGradient contrastive_forward(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& labels, const OptionalTensor& ref,
-                                     const OptionalTensor& ref_labels, const ContrastiveOptions& options, bool with_gradient) {
+                                     const OptionalTensor& ref_labels, const ContrastiveOptions& options, Wanted wanted) {
   const PackedPairs<T> pairs = pack_pairs(kernels, x, labels, ref, ref_labels, options.distance);
   int64_t positive_pairs = 0, negative_pairs = 0;
   for (int64_t p = 0; p < pairs.rows.count; ++p) {
     positive_pairs += pairs.positive_count(p);
     negative_pairs += pairs.negative_count(p);
   }
-  if (!pairs.finite) return not_finite<T>(x, ref, {positive_pairs, negative_pairs, 0, 0}, with_gradient);
+  if (!pairs.finite) return not_finite<T>(x, ref, {positive_pairs, negative_pairs, 0, 0}, wanted);
 
-  PairGradients<T> gradients(kernels, pairs, x, ref, options.distance);
+  PairGradients<T> gradients(kernels, pairs, x, ref, options.distance, wanted);
   ContrastivePositives positives;
   for (const Stripe& stripe : stripes_of(pairs)) {
     const PositiveLists<T> lists = positive_lists(kernels, pairs, stripe, options.distance);
@@ -55,7 +55,6 @@ LossWithGradient contrastive_forward(const Kernels<T>& kernels, const at::Tensor
         sum.active += b > 0;
       }
     });
-    if (!with_gradient) continue;
     const auto weight = [&](int64_t p, int64_t s) {
       const T b = beyond(p, s);
       return options.squared ? 2 * b : T(b > 0);
@@ -63,13 +62,14 @@ LossWithGradient contrastive_forward(const Kernels<T>& kernels, const at::Tensor
     gradients.add_positives(stripe, distance, weight, true);
   }
 
-  const GatheredGradient<T> gathered = with_gradient ? GatheredGradient<T>(pairs, pairs.symmetric) : GatheredGradient<T>();
+  const GatheredGradient<T> gathered(pairs, pairs.symmetric, wanted);
   ContrastiveSums negatives;
-  for (const ContrastiveSums& s : over_squares<ContrastiveSums>(pairs, all_panels(pairs), [&](const TileBlock<T>& tiles, ContrastiveSums& sum) {
-         kernels.contrastive_negatives({tiles, comparable_margin<T>(options.neg_margin), options.squared, options.distance,
-                                        gathered.row_data(), gathered.column_data()},
-                                       sum);
-       })) {
+  const auto count = [&](const TileBlock<T>& tiles, ContrastiveSums& sum) {
+    kernels.contrastive_negatives({tiles, comparable_margin<T>(options.neg_margin), options.squared, options.distance,
+                                   gathered.row_data(), gathered.column_data()},
+                                  sum);
+  };
+  for (const ContrastiveSums& s : over_squares<ContrastiveSums>(pairs, all_panels(pairs), count)) {
     negatives.active += s.active;
     negatives.loss += s.loss;
     negatives.distance += s.distance;
@@ -87,13 +87,14 @@ LossWithGradient contrastive_forward(const Kernels<T>& kernels, const at::Tensor
   LossWithGradient result = loss_with_gradient<T>(x, positives.loss * positive_scale + negatives.loss * negative_scale,
                                                   {positive_pairs, negative_pairs, positives.active, negatives.active},
                                                   {ratio(positives.distance, positive_pairs), ratio(negatives.distance, negative_pairs)});
-  if (with_gradient) gradients.finish(T(positive_scale), gathered, T(negative_scale), result.grad, result.grad_ref);
+  gradients.finish(T(positive_scale), gathered, T(negative_scale), result.grad, result.grad_ref);
   return result;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_contrastive_loss(
     const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& ref_embeddings, const OptionalTensor& ref_labels,
-    double pos_margin, double neg_margin, bool squared, std::string_view distance, std::string_view reduction, bool with_gradient) {
+    double pos_margin, double neg_margin, bool squared, std::string_view distance, std::string_view reduction, bool with_gradient,
+    bool with_ref_gradient) {
   constexpr const char* function = "batch_contrastive_loss";
   check_batch(function, embeddings, labels, ref_embeddings, ref_labels);
   const ContrastiveOptions options{pos_margin, neg_margin, squared, distance_from(function, distance),
@@ -102,7 +103,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_con
   const OptionalTensor ref = ref_embeddings ? OptionalTensor(with_adjacent_columns(*ref_embeddings)) : std::nullopt;
   return dispatch(x.scalar_type(), [&](const auto& kernels) {
     using T = typename std::decay_t<decltype(kernels)>::Compute;
-    const LossWithGradient l = contrastive_forward<T>(kernels, x, labels, ref, ref_labels, options, with_gradient);
+    const LossWithGradient l =
+        contrastive_forward<T>(kernels, x, labels, ref, ref_labels, options, {with_gradient, with_ref_gradient});
     return std::tuple(l.loss, l.counts, l.means, l.grad, l.grad_ref);
   });
 }

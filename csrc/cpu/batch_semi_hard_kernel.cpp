@@ -103,8 +103,10 @@ void add_gradient(PairGradients<T>& gradients, const PackedPairs<T>& pairs, cons
   const Stage stage("gradient");
   const auto [first, last] = row_range(pairs, stripe);
   gradients.add_to_rows(first, last, [&](int64_t p, RowPairs<T>& row) {
-    for (int64_t t = triplets.begin[p]; t < triplets.begin[p + 1]; ++t) append(row, triplets.negative[t], triplets.d_an[t], -triplets.weight[t]);
+    for (int64_t t = triplets.begin[p]; t < triplets.begin[p + 1]; ++t)
+      append(row, triplets.negative[t], triplets.d_an[t], -triplets.weight[t]);
   });
+  if (!gradients.of_columns()) return;
   const ByRow chosen(pairs.columns().count, triplets.size(), [&](int64_t t) { return position[triplets.negative[t]]; });
   gradients.add_to_columns(0, pairs.columns().count, [&](int64_t c, RowPairs<T>& column) {
     for (int64_t i = chosen.begin[c]; i < chosen.begin[c + 1]; ++i) {
@@ -124,31 +126,31 @@ std::vector<int32_t> packed_positions(const PackedPoints<T>& points) {
 template <class T>
 LossWithGradient semi_hard_forward(const Kernels<T>& kernels, const at::Tensor& x, const at::Tensor& labels, const OptionalTensor& ref,
                                    const OptionalTensor& ref_labels, const TripletLoss<T>& loss, Distance distance,
-                                   SumReduction reduction, bool with_gradient) {
+                                   SumReduction reduction, Wanted wanted) {
   const PackedPairs<T> pairs = pack_pairs(kernels, x, labels, ref, ref_labels, distance);
   int64_t valid_anchors = 0;
   for (int64_t p = 0; p < pairs.rows.count; ++p) valid_anchors += pairs.positive_count(p) > 0 && pairs.negative_count(p) > 0;
-  if (!pairs.finite) return not_finite<T>(x, ref, {valid_anchors, 0, 0}, with_gradient);
+  if (!pairs.finite) return not_finite<T>(x, ref, {valid_anchors, 0, 0}, wanted);
 
-  PairGradients<T> gradients(kernels, pairs, x, ref, distance);
+  PairGradients<T> gradients(kernels, pairs, x, ref, distance, wanted);
   const std::vector<int32_t> position = packed_positions(pairs.columns());
   TripletSums sums;
   for (const Stripe& stripe : stripes_of(pairs)) {
     Triplets<T> triplets = mine_semi_hard(kernels, pairs, stripe, distance);
     sums += measure(kernels, pairs, stripe, rows_of(x), rows_of(ref ? *ref : x), loss, distance, triplets);
-    if (with_gradient) add_gradient(gradients, pairs, stripe, triplets, position);
+    if (wanted.gradient) add_gradient(gradients, pairs, stripe, triplets, position);
   }
   const int64_t divisor = reduction == SumReduction::sum ? 1 : reduction == SumReduction::mean ? sums.count : sums.active;
   const double scale = 1 / double(std::max<int64_t>(1, divisor));
   LossWithGradient result = loss_with_gradient<T>(x, sums.loss * scale, {valid_anchors, sums.count, sums.active},
                                                   {ratio(sums.d_ap, sums.count), ratio(sums.d_an, sums.count)});
-  if (with_gradient) gradients.finish(T(scale), {}, T(0), result.grad, result.grad_ref);
+  gradients.finish(T(scale), {}, T(0), result.grad, result.grad_ref);
   return result;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_semi_hard_triplet_loss(
     const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& ref_embeddings, const OptionalTensor& ref_labels,
-    double margin, bool soft, std::string_view distance, std::string_view reduction, bool with_gradient) {
+    double margin, bool soft, std::string_view distance, std::string_view reduction, bool with_gradient, bool with_ref_gradient) {
   constexpr const char* function = "batch_semi_hard_triplet_loss";
   check_batch(function, embeddings, labels, ref_embeddings, ref_labels);
   const Distance d = distance_from(function, distance);
@@ -158,7 +160,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_sem
   return dispatch(x.scalar_type(), [&](const auto& kernels) {
     using T = typename std::decay_t<decltype(kernels)>::Compute;
     const LossWithGradient l =
-        semi_hard_forward<T>(kernels, x, labels, ref, ref_labels, {T(margin), soft}, d, r, with_gradient);
+        semi_hard_forward<T>(kernels, x, labels, ref, ref_labels, {T(margin), soft}, d, r, {with_gradient, with_ref_gradient});
     return std::tuple(l.loss, l.counts, l.means, l.grad, l.grad_ref);
   });
 }

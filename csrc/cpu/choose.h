@@ -46,7 +46,8 @@ Chosen<T> choose_negatives_of(const Kernels<T>& kernels, const PackedPairs<T>& p
 template <class T>
 Chosen<T> choose_negatives(const Kernels<T>& kernels, const PackedPairs<T>& pairs, bool farthest, const std::vector<T>& limit,
                            Distance distance) {
-  return choose_negatives_of(kernels, pairs, farthest, limit, distance, [&](auto search) { over_squares(pairs, all_panels(pairs), search); });
+  return choose_negatives_of(kernels, pairs, farthest, limit, distance,
+                             [&](auto search) { over_squares(pairs, all_panels(pairs), search); });
 }
 
 }  // namespace deepsim::cpu

@@ -98,7 +98,7 @@ struct SortedPositives {
 static constexpr int64_t gathered_depth(int64_t depth) { return depth + 1; }
 
 // One rectangle of the batch-all triplet loss. `columns` are read in the self form only. What is gathered of the gradients is
-// added to, for the sum of the losses; null where none is wanted.
+// added to, for the sum of the losses; null where none is wanted, and columns' alone where that is not.
 template <class T>
 struct BatchAllBlock {
   TileBlock<T> tiles;

@@ -47,14 +47,19 @@ struct ByRow {
   }
 };
 
-// The gradient that tiles gather, by packed row and column; empty where none is wanted.
+// The gradient that tiles gather, by packed row and column; undefined where none is wanted.
 template <class T>
 struct GatheredGradient {
-  at::Tensor rows, columns;  // the same where tiles stand for their mirror images
+  at::Tensor rows, columns;
 
   GatheredGradient() = default;
-  GatheredGradient(const PackedPairs<T>& pairs, bool symmetric)
-      : rows(none_yet(pairs, pairs.rows)), columns(symmetric ? rows : none_yet(pairs, pairs.columns())) {}
+  // symmetric: tiles stand for their mirror images.
+  GatheredGradient(const PackedPairs<T>& pairs, bool symmetric, Wanted wanted) {
+    if (!wanted.gradient) return;
+    rows = none_yet(pairs, pairs.rows);
+    if (symmetric) columns = rows;
+    if (!symmetric && (pairs.symmetric || wanted.of_references)) columns = none_yet(pairs, pairs.columns());
+  }
 
   T* row_data() const { return rows.defined() ? rows.template mutable_data_ptr<T>() : nullptr; }
   T* column_data() const { return columns.defined() ? columns.template mutable_data_ptr<T>() : nullptr; }
@@ -66,19 +71,26 @@ struct GatheredGradient {
 };
 
 // The gradients of both sides, [rows][depth] in the type of the arithmetic, as they come together; in the self form one and the same.
+// Undefined where they are not wanted: then nothing is added to them.
 template <class T>
 class PairGradients {
  public:
-  PairGradients(const Kernels<T>& kernels, const PackedPairs<T>& pairs, const at::Tensor& x, const OptionalTensor& ref, Distance distance)
+  PairGradients(const Kernels<T>& kernels, const PackedPairs<T>& pairs, const at::Tensor& x, const OptionalTensor& ref, Distance distance,
+                Wanted wanted)
       : kernels_(kernels), pairs_(pairs), row_scale_(inverse(pairs.rows.norm)), column_scale_(inverse(pairs.columns().norm)),
         of_rows_{cpu::rows_of(x), cpu::rows_of(ref ? *ref : x), data(row_scale_), data(column_scale_), distance},
         of_columns_{of_rows_.others, of_rows_.rows, of_rows_.other_scale, of_rows_.row_scale, distance},
-        grad_(none_yet(x)), grad_ref_(ref ? none_yet(*ref) : grad_) {}
+        grad_(wanted.gradient ? none_yet(x) : at::Tensor()),
+        grad_ref_(!ref ? grad_ : wanted.gradient && wanted.of_references ? none_yet(*ref) : at::Tensor()) {}
+
+  bool of_rows() const { return grad_.defined(); }
+  bool of_columns() const { return grad_ref_.defined(); }
 
   // Pairs of a stripe's anchors with their positives: distance(p, s) and weight(p, s) are those of packed row p and its s-th positive.
   // same_weight: it is that of the mirror image as well.
   template <class DistanceOf, class WeightOf>
   void add_positives(const Stripe& stripe, DistanceOf distance, WeightOf weight, bool same_weight) {
+    if (!of_rows()) return;
     const Stage stage("gradient");
     const auto [first, last] = row_range(pairs_, stripe);
     // In the self form a row is an anchor and a positive of the same rows: where the other weight is known, both pairs are one.
@@ -91,18 +103,19 @@ class PairGradients {
         append(row, pairs_.columns().original[c], distance(p, s), total);
       }
     });
-    if (at_once || first == last) return;
+    if (at_once || first == last || !of_columns()) return;
     const PositiveRanges& anchors = pairs_.anchors_of_columns();
-    add_to_columns(pairs_.positives.begin[first], pairs_.positives.end[last - 1], [&, first = first, last = last](int64_t c, RowPairs<T>& column) {
+    const auto list = [&, first = first, last = last](int64_t c, RowPairs<T>& column) {
       for (int64_t p = std::max<int64_t>(first, anchors.begin[c]); p < std::min<int64_t>(last, anchors.end[c]); ++p) {
         if (pairs_.symmetric && p == c) continue;
         const int64_t s = positive_slot(pairs_, p, c);
         append(column, pairs_.rows.original[p], distance(p, s), weight(p, s));
       }
-    });
+    };
+    add_to_columns(pairs_.positives.begin[first], pairs_.positives.end[last - 1], list);
   }
 
-  // Other pairs of the packed rows [begin, end): list(p, pairs) adds those of row p.
+  // Other pairs of the packed rows [begin, end), of a side whose gradient is wanted: list(p, pairs) adds those of row p.
   template <class List>
   void add_to_rows(int64_t begin, int64_t end, List list) {
     add_pairs(kernels_, of_rows_, pairs_.rows.original.data(), begin, end, list, grad_.template mutable_data_ptr<T>());
@@ -115,10 +128,12 @@ class PairGradients {
   // The gradients by the rows and by the columns, the latter only of a reference set: `factor` times that of the pairs so far, and
   // `gathered_factor` times what tiles have gathered.
   void finish(T factor, const GatheredGradient<T>& gathered, T gathered_factor, at::Tensor& grad, at::Tensor& grad_ref) {
+    if (!of_rows()) return;
     const Stage stage("gradient");
     if (pairs_.symmetric && gathered.rows.defined() && !gathered.rows.is_same(gathered.columns)) gathered.rows.add_(gathered.columns);
     grad = finished(of_rows_, pairs_.rows, factor, gathered.row_data(), gathered_factor, grad_);
-    if (!pairs_.symmetric) grad_ref = finished(of_columns_, pairs_.references, factor, gathered.column_data(), gathered_factor, grad_ref_);
+    if (pairs_.symmetric || !of_columns()) return;
+    grad_ref = finished(of_columns_, pairs_.references, factor, gathered.column_data(), gathered_factor, grad_ref_);
   }
 
  private:

@@ -105,12 +105,13 @@ using LossWithGradient = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tens
 // stream) makes the loss of its sums. Scales are those of the outputs where `scaled_rows`: then rows are summed before their gradient is
 // formed.
 template <class RunRows, class Finish>
-LossWithGradient loss_over_stripes(const OwnedBatch& b, int64_t counts, Pull which, bool scaled_rows, RunRows run_rows, Finish finish) {
+LossWithGradient loss_over_stripes(const OwnedBatch& b, int64_t counts, Pull which, bool with_ref_gradient, bool scaled_rows,
+                                   RunRows run_rows, Finish finish) {
   void* stream = current_stream(b.x);
   prepare(b, stream);
   const OwnedPairs owned = centred_pairs(b, stream);
   const Pairs& pairs = owned.view;
-  const bool with_gradient = which != Pull::none;
+  const bool with_gradient = which != Pull::none, of_references = with_gradient && with_ref_gradient && !b.view.self_form;
   const int64_t anchors = b.x.size(0), references = b.ref.size(0), depth = b.x.size(1);
   const auto options = b.x.options().dtype(compute_type(b.x.scalar_type()));
   const at::Tensor row_sums = at::zeros({anchors, int64_t(sizeof(RowSums) / sizeof(int64_t))}, b.x.options().dtype(at::kLong));
@@ -130,7 +131,7 @@ LossWithGradient loss_over_stripes(const OwnedBatch& b, int64_t counts, Pull whi
     finish(sums, out, stream);
   }
   at::Tensor grad = at::zeros({with_gradient ? anchors : 0, depth}, options);
-  at::Tensor grad_ref = at::zeros({with_gradient && !b.view.self_form ? references : 0, depth}, options);
+  at::Tensor grad_ref = at::zeros({of_references ? references : 0, depth}, options);
   const auto pull_together = [&](const Stripe& stripe, bool of_anchors, at::Tensor& gradient) {
     const Stage stage("gradient");
     void* to = gradient.mutable_data_ptr();
@@ -144,12 +145,12 @@ LossWithGradient loss_over_stripes(const OwnedBatch& b, int64_t counts, Pull whi
     run(stripe, sums_first ? scale : nullptr);
     if (!with_gradient) return;
     pull_together(stripe, true, grad);
-    pull_together(stripe, false, b.view.self_form ? grad : grad_ref);
+    if (b.view.self_form || of_references) pull_together(stripe, false, b.view.self_form ? grad : grad_ref);
   });
   if (!sums_first) finish(sums, out, stream);
   if (with_gradient) {
     finish_gradient(pairs, true, scaled_rows ? nullptr : scale, grad.mutable_data_ptr(), stream);
-    if (!b.view.self_form) finish_gradient(pairs, false, scaled_rows ? nullptr : scale, grad_ref.mutable_data_ptr(), stream);
+    if (of_references) finish_gradient(pairs, false, scaled_rows ? nullptr : scale, grad_ref.mutable_data_ptr(), stream);
   }
   return {loss, count, means, grad, grad_ref};
 }
@@ -158,14 +159,15 @@ LossWithGradient loss_over_stripes(const OwnedBatch& b, int64_t counts, Pull whi
 template <class RunRows>
 LossWithGradient triplet_loss_over_stripes(const char* function, const at::Tensor& embeddings, const at::Tensor& labels,
                                            const OptionalTensor& ref_embeddings, const OptionalTensor& ref_labels,
-                                           std::string_view distance, std::string_view reduction, Pull which, RunRows run_rows) {
+                                           std::string_view distance, std::string_view reduction, Pull which, bool with_ref_gradient,
+                                           RunRows run_rows) {
   check_batch(function, embeddings, labels, ref_embeddings, ref_labels);
   const Distance d = distance_from(function, distance);
   const SumReduction r = sum_reduction_from(function, reduction);
   const c10::DeviceGuard guard(embeddings.device());
   const OwnedBatch b = own(embeddings, labels, ref_embeddings, ref_labels, d);
   return loss_over_stripes(
-      b, 3, which, false,
+      b, 3, which, with_ref_gradient, false,
       [&](const Pairs& pairs, const Stripe& stripe, const double*, RowSums* sums, void* stream) { run_rows(pairs, stripe, sums, stream); },
       [&](const RowSums* sums, const LossOutputs& out, void* stream) { finish_triplets(b.view, sums, r, out, stream); });
 }

@@ -8,7 +8,7 @@ namespace {
 
 LossWithGradient batch_contrastive_loss(const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& ref_embeddings,
                                         const OptionalTensor& ref_labels, double pos_margin, double neg_margin, bool squared,
-                                        std::string_view distance, std::string_view reduction, bool with_gradient) {
+                                        std::string_view distance, std::string_view reduction, bool with_gradient, bool with_ref_gradient) {
   constexpr const char* function = "batch_contrastive_loss";
   check_batch(function, embeddings, labels, ref_embeddings, ref_labels);
   const Distance d = distance_from(function, distance);
@@ -19,7 +19,7 @@ LossWithGradient batch_contrastive_loss(const at::Tensor& embeddings, const at::
   // Positives and negatives are divided by numbers of their own only in this reduction.
   const bool scaled_rows = r == SumReduction::mean_nonzero;
   return loss_over_stripes(
-      b, 4, with_gradient ? Pull::all : Pull::none, scaled_rows,
+      b, 4, with_gradient ? Pull::all : Pull::none, with_ref_gradient, scaled_rows,
       [&](const Pairs& pairs, const Stripe& stripe, const double* scales, RowSums* sums, void* stream) {
         contrastive_rows(pairs, stripe, margins, scales, sums, stream);
       },

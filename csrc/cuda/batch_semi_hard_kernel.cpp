@@ -8,9 +8,10 @@ namespace {
 
 LossWithGradient batch_semi_hard_triplet_loss(const at::Tensor& embeddings, const at::Tensor& labels,
                                               const OptionalTensor& ref_embeddings, const OptionalTensor& ref_labels, double margin,
-                                              bool soft, std::string_view distance, std::string_view reduction, bool with_gradient) {
+                                              bool soft, std::string_view distance, std::string_view reduction, bool with_gradient,
+                                              bool with_ref_gradient) {
   return triplet_loss_over_stripes("batch_semi_hard_triplet_loss", embeddings, labels, ref_embeddings, ref_labels, distance, reduction,
-                                   with_gradient ? Pull::few : Pull::none,
+                                   with_gradient ? Pull::few : Pull::none, with_ref_gradient,
                                    [=](const Pairs& pairs, const Stripe& stripe, RowSums* sums, void* stream) {
                                      semi_hard_rows(pairs, stripe, {margin, soft}, sums, stream);
                                    });

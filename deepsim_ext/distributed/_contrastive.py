@@ -35,7 +35,16 @@ def ring_loss(
         x: Tensor, labels: Tensor, ref: Tensor | None, ref_labels: Tensor | None
     ) -> Sequence[Tensor]:
         return torch.ops.deepsim_ext.batch_contrastive_loss(
-            x, labels, ref, ref_labels, no_positives, neg_margin, squared, distance, "sum", with_gradient
+            x,
+            labels,
+            ref,
+            ref_labels,
+            no_positives,
+            neg_margin,
+            squared,
+            distance,
+            "sum",
+            *[with_gradient] * 2,
         )
 
     loss, counts, means, grad, _ = negatives(x, labels, None, None)

@@ -125,7 +125,8 @@ inline void columns_as_anchors(const T* distance, const T* lists, int64_t width,
     Lanes<T> lists_of_lanes[kMicroVectors];
     for (int c = 0; c < NR; ++c) lists_of_lanes[c / W][c % W] = c;
     for (int r = 0; r < NR; ++r)
-      search_row<T, kSemiHard>(distance + r * NR, lists, lists_of_lanes, width, margin, active, tile.active + r * NR, tile.counted + r * NR);
+      search_row<T, kSemiHard>(distance + r * NR, lists, lists_of_lanes, width, margin, active, tile.active + r * NR,
+                               tile.counted + r * NR);
     return;
   }
   for (int v = 0; v < kMicroVectors; ++v) {

@@ -98,8 +98,8 @@ inline void transpose_tile(const T* in, T* out) {
   }
 }
 
-// Both sides of a tile of strengths [row][column]. A tile on the diagonal of the self form holds every pair twice: it pulls its rows
-// only, with s_ij + s_ji.
+// Both sides of a tile of strengths [row][column], or its rows only, where column_gradient is null. A tile on the diagonal of the self
+// form holds every pair twice: it pulls its rows only, with s_ij + s_ji.
 template <class T>
 inline void pull_tile(const TileBlock<T>& m, int64_t row, int64_t column, const T* strength, bool diagonal, bool close,
                       T* row_gradient, T* column_gradient) {
@@ -110,7 +110,7 @@ inline void pull_tile(const TileBlock<T>& m, int64_t row, int64_t column, const 
   const T *rows = m.rows.panels + row * depth, *columns = m.columns.panels + column * depth;
   if (diagonal) {
     for (int64_t i = 0; i < NR * NR; i += kLanes<T>) store(transposed + i, load(transposed + i) + load(strength + i));
-  } else {
+  } else if (column_gradient != nullptr) {
     pull(columns, rows, strength, depth, close, column_gradient + column * stride);
   }
   pull(rows, columns, transposed, depth, close, row_gradient + row * stride);
