@@ -98,10 +98,11 @@ TORCH_LIBRARY_FRAGMENT(deepsim_ext, m) {
       "batch_hard_triplet_loss(Tensor embeddings, Tensor labels, Tensor? ref_embeddings, Tensor? ref_labels, float margin,"
       " bool soft, str distance, str reduction)"
       " -> (Tensor loss, Tensor d_ap, Tensor d_an, Tensor positives, Tensor negatives)");
-  // grad_ref_embeddings has no rows where ref_embeddings is None: grad_embeddings then holds both parts.
+  // grad_ref_embeddings has no rows where with_ref_gradient is false, and where ref_embeddings is None: grad_embeddings then holds both
+  // parts.
   m.def(
       "batch_hard_triplet_loss_backward(Tensor grad_loss, Tensor embeddings, Tensor? ref_embeddings, Tensor positives,"
-      " Tensor negatives, Tensor d_ap, Tensor d_an, float margin, bool soft, str distance, str reduction)"
+      " Tensor negatives, Tensor d_ap, Tensor d_an, float margin, bool soft, str distance, str reduction, bool with_ref_gradient)"
       " -> (Tensor grad_embeddings, Tensor grad_ref_embeddings)");
 }
 

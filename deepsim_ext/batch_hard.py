@@ -171,8 +171,9 @@ def _(embeddings, *options):
 
 
 @torch.library.register_fake("deepsim_ext::batch_hard_triplet_loss_backward")
-def _(grad, embeddings, ref_embeddings, positives, negatives, d_ap, d_an, margin, soft, distance, reduction):
-    grad_ref_shape = (0, embeddings.shape[1]) if ref_embeddings is None else ref_embeddings.shape
+def _(grad, embeddings, ref_embeddings, *others):
+    with_references = ref_embeddings is not None and others[-1]
+    grad_ref_shape = ref_embeddings.shape if with_references else (0, embeddings.shape[1])
     return embeddings.new_empty(embeddings.shape), embeddings.new_empty(grad_ref_shape)
 
 
@@ -182,6 +183,9 @@ def _(grad, embeddings, ref_embeddings, positives, negatives, d_ap, d_an, margin
 def _save_for_loss_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     embeddings, _, ref_embeddings, _, *options = inputs
     ctx.options, ctx.inputs = options[-4:], len(inputs)  # strategies, which come first, are for mining only
+    # Under torch.func's transforms a tensor that is differentiated does not say so.
+    transformed = torch._C._are_functorch_transforms_active()
+    ctx.with_ref_gradient = ref_embeddings is not None and (transformed or ctx.needs_input_grad[2])
     _, d_ap, d_an, positives, negatives = output
     ctx.mark_non_differentiable(d_ap, d_an, positives, negatives)
     ctx.set_materialize_grads(False)  # of what is not differentiable
@@ -192,12 +196,13 @@ def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ..
     if grad_loss is None:
         return (None,) * ctx.inputs
     saved = ctx.saved_tensors
-    grad, grad_ref = _triplet_loss_gradient(grad_loss, *saved, *ctx.options)
-    return grad, None, None if saved[1] is None else grad_ref, *(None,) * (ctx.inputs - 3)
+    grad, grad_ref = _triplet_loss_gradient(grad_loss, *saved, *ctx.options, ctx.with_ref_gradient)
+    return grad, None, grad_ref if ctx.with_ref_gradient else None, *(None,) * (ctx.inputs - 3)
 
 
 def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad_loss, embeddings, ref_embeddings, positives, negatives, d_ap, d_an, *ctx.options = inputs
+    grad_loss, embeddings, ref_embeddings, positives, negatives, d_ap, _, *ctx.options, with_ref = inputs
+    ctx.with_ref_gradient = ref_embeddings is not None and with_ref
     ctx.save_for_backward(grad_loss, embeddings, ref_embeddings, positives, negatives, d_ap)
 
 
@@ -205,10 +210,10 @@ def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     """Gradient of the gradient, by torch's own autograd of the loss of the chosen triplets."""
     grad_loss, embeddings, ref_embeddings, positives, negatives, d_ap = ctx.saved_tensors
     margin, soft, distance, reduction = ctx.options
-    sets = (embeddings,) if ref_embeddings is None else (embeddings, ref_embeddings)
+    sets = (embeddings, ref_embeddings) if ctx.with_ref_gradient else (embeddings,)
 
     def loss(*sets: Tensor) -> Tensor:
-        x, ref = sets if len(sets) == 2 else (*sets, None)
+        x, ref = sets if len(sets) == 2 else (*sets, ref_embeddings)
         return reference.indexed_triplet_loss(
             x, ref, positives, negatives, margin=margin, soft=soft, distance=distance, reduction=reduction
         )
@@ -220,7 +225,7 @@ def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     # Where the op found the rows too long to be compared, torch sees no triplets and would say 0.
     poison = torch.where(d_ap.isnan().any(), torch.nan, 0.0)
     grad_grad_loss, grad_x, *grad_ref = (g + poison.to(g.dtype) for g in pull_back(grads[: len(sets)]))
-    return grad_grad_loss, grad_x, grad_ref[0] if grad_ref else None, *(None,) * 8
+    return grad_grad_loss, grad_x, grad_ref[0] if grad_ref else None, *(None,) * 9
 
 
 register_vmap_by_loop("batch_hard_mine")

@@ -424,9 +424,11 @@ def test_the_gradient_of_references_is_formed_only_where_it_is_wanted(name, dist
         found.append((value.detach(), gradient.detach(), second))
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
-    leaf, others = x.clone(), ref.clone().requires_grad_()
-    loss(leaf, labels, others, ref_labels, **options).backward()
+    others = ref.clone().requires_grad_()
+    loss(x, labels, others, ref_labels, **options).backward()
     assert others.grad.norm() > 0
+    by_references = torch.func.grad(lambda ref: loss(x, labels, ref, ref_labels, **options))(ref)
+    torch.testing.assert_close(by_references, others.grad)
     forward, kept = getattr(ops, loss.__name__), (x, labels, ref, ref_labels)
     grads = forward(*kept, *OPS[loss.__name__], distance, "sum", True, False)[-2:]
     assert [g.shape[0] for g in grads] == [70, 0]

@@ -123,7 +123,43 @@ def test_opcheck(dtype):
         with torch.no_grad():
             loss, d_ap, d_an, positives, negatives = ops.batch_hard_triplet_loss(*tensors, *options)
         saved = (x, ref, positives, negatives, d_ap, d_an)
-        opcheck(ops.batch_hard_triplet_loss_backward.default, (torch.ones_like(loss), *saved, *options))
+        for with_references in (True, False):
+            arguments = (torch.ones_like(loss), *saved, *options, with_references)
+            if not with_references:  # who wants no gradient of them does not ask for that of the gradient
+                arguments = tuple(a.detach() if a is ref and a is not None else a for a in arguments)
+            opcheck(ops.batch_hard_triplet_loss_backward.default, arguments)
+
+
+@by_distance
+@pytest.mark.parametrize("strategies", [{}, {"positive": "easy"}], ids=["hard", "easy"])
+def test_the_gradient_of_references_is_formed_only_where_it_is_wanted(distance, strategies):
+    """As for a memory of earlier batches. The anchors' gradients are the same, to the bit."""
+    g = torch.Generator().manual_seed(8)
+    x, ref = (torch.randn(n, 6, generator=g, dtype=torch.float64) for n in (70, 50))
+    labels, ref_labels = torch.arange(70) // 5, torch.arange(50) // 4
+
+    def loss(x, ref):
+        return batch_hard_triplet_loss(
+            x, labels, ref, ref_labels, margin=2.0, distance=distance, **strategies
+        )
+
+    found = []
+    for wanted in (True, False):
+        leaf, others = x.clone().requires_grad_(), ref.clone().requires_grad_(wanted)
+        (gradient,) = torch.autograd.grad(loss(leaf, others), leaf, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), leaf)
+        found.append((gradient.detach(), second))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    others = ref.clone().requires_grad_()
+    loss(x, others).backward()
+    assert others.grad.norm() > 0
+    for argument, gradient in ((0, found[0][0]), (1, others.grad)):
+        torch.testing.assert_close(torch.func.grad(loss, argnums=argument)(x, ref), gradient)
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for tensors in ((x.clone().requires_grad_(), ref), (x, ref.clone().requires_grad_())):
+        compiled(*tensors).backward()
+    assert tensors[0].grad is None and torch.equal(tensors[1].grad, others.grad)
 
 
 # ---- contracts ---------------------------------------------------------------------------------------------

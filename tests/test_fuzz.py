@@ -431,11 +431,14 @@ def triplet_loss_backward_op(d: Draw) -> Call:
     chosen = d.indices(n, rows), d.indices(n, rows)
     saved = (*chosen, d.floats(n, dtype=compute), d.floats(n, dtype=compute))
 
+    with_references = d.flag()
+
     def check(result: Any) -> bool:
-        ref_shape = (0, x.shape[1]) if ref is None else ref.shape
+        ref_shape = (0, x.shape[1]) if ref is None or not with_references else ref.shape
         return is_tensor(result[0], x.shape, x.dtype) and is_tensor(result[1], ref_shape, x.dtype)
 
-    return lambda: ops.batch_hard_triplet_loss_backward(grad, x, ref, *saved, *options), check
+    arguments = grad, x, ref, *saved, *options, with_references
+    return lambda: ops.batch_hard_triplet_loss_backward(*arguments), check
 
 
 def gram_op(d: Draw) -> Call:

@@ -134,7 +134,8 @@ template <class T>
 std::tuple<at::Tensor, at::Tensor> batch_hard_backward(const Kernels<T>& kernels, const at::Tensor& grad_loss, const at::Tensor& x,
                                                        const OptionalTensor& ref, const at::Tensor& positives,
                                                        const at::Tensor& negatives, const at::Tensor& d_ap, const at::Tensor& d_an,
-                                                       const TripletLoss<T>& loss, Distance distance, Reduction reduction) {
+                                                       const TripletLoss<T>& loss, Distance distance, Reduction reduction,
+                                                       bool with_ref_gradient) {
   const Stage stage("backward");
   const int64_t n = x.size(0), depth = x.size(1);
   const int32_t *p = positives.const_data_ptr<int32_t>(), *q = negatives.const_data_ptr<int32_t>();
@@ -142,7 +143,7 @@ std::tuple<at::Tensor, at::Tensor> batch_hard_backward(const Kernels<T>& kernels
   const Uses uses = uses_of(p, q, n, ref ? ref->size(0) : n);
 
   at::Tensor grad = at::empty({n, depth}, x.options());
-  at::Tensor grad_ref = at::empty({ref ? ref->size(0) : 0, depth}, x.options());
+  at::Tensor grad_ref = at::empty({ref && with_ref_gradient ? ref->size(0) : 0, depth}, x.options());
   if (std::any_of(ap, ap + n, [](T d) { return std::isnan(d); })) {
     grad.fill_(std::numeric_limits<double>::quiet_NaN());
     grad_ref.fill_(std::numeric_limits<double>::quiet_NaN());
@@ -173,7 +174,7 @@ std::tuple<at::Tensor, at::Tensor> batch_hard_backward(const Kernels<T>& kernels
   };
   if (ref) {
     run(kernels.anchor_gradient, grad);
-    run(kernels.reference_gradient, grad_ref);
+    run(kernels.reference_gradient, grad_ref);  // no rows: not wanted
   } else {
     run(kernels.self_gradient, grad);
   }
@@ -183,7 +184,7 @@ std::tuple<at::Tensor, at::Tensor> batch_hard_backward(const Kernels<T>& kernels
 std::tuple<at::Tensor, at::Tensor> batch_hard_triplet_loss_backward(
     const at::Tensor& grad_loss, const at::Tensor& embeddings, const OptionalTensor& ref_embeddings, const at::Tensor& positives,
     const at::Tensor& negatives, const at::Tensor& d_ap, const at::Tensor& d_an, double margin, bool soft, std::string_view distance,
-    std::string_view reduction) {
+    std::string_view reduction, bool with_ref_gradient) {
   constexpr const char* function = "batch_hard_triplet_loss_backward";
   const Distance d = distance_from(function, distance);
   const Reduction r = reduction_from(function, reduction);
@@ -193,7 +194,7 @@ std::tuple<at::Tensor, at::Tensor> batch_hard_triplet_loss_backward(
   return dispatch(x.scalar_type(), [&](const auto& kernels) {
     using T = typename std::decay_t<decltype(kernels)>::Compute;
     return batch_hard_backward<T>(kernels, grad_loss.contiguous(), x, ref, positives.contiguous(), negatives.contiguous(),
-                            d_ap.contiguous(), d_an.contiguous(), {T(margin), soft}, d, r);
+                            d_ap.contiguous(), d_an.contiguous(), {T(margin), soft}, d, r, with_ref_gradient);
   });
 }
 

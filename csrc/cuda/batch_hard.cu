@@ -242,7 +242,7 @@ void triplet_gradient(const LossGradient& g, const LossOptions& options, void* s
       run(gradient_kernel<S, true, true>, g.grad, anchors);
     } else {
       run(gradient_kernel<S, true, false>, g.grad, anchors);
-      run(gradient_kernel<S, false, true>, g.grad_references, g.batch.references.count);
+      if (g.grad_references) run(gradient_kernel<S, false, true>, g.grad_references, g.batch.references.count);
     }
   });
 }

@@ -170,7 +170,7 @@ struct LossGradient {
   // gradient of d_ap is multiplied by.
   int32_t* first_choice;
   void* coefficients;
-  void *grad, *grad_references;  // in the storage dtype; no grad_references in the self form
+  void *grad, *grad_references;  // in the storage dtype; no grad_references in the self form, null where they are not wanted
 };
 
 // Lays the choices end to end, to be sorted; and finds out what the gradient is divided by.

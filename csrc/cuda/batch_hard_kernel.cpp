@@ -270,7 +270,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_har
 std::tuple<at::Tensor, at::Tensor> batch_hard_triplet_loss_backward(
     const at::Tensor& grad_loss, const at::Tensor& embeddings, const OptionalTensor& ref_embeddings, const at::Tensor& positives,
     const at::Tensor& negatives, const at::Tensor& d_ap, const at::Tensor& d_an, double margin, bool soft, std::string_view distance,
-    std::string_view reduction) {
+    std::string_view reduction, bool with_ref_gradient) {
   constexpr const char* function = "batch_hard_triplet_loss_backward";
   const Distance d = distance_from(function, distance);
   const LossOptions options{margin, soft, reduction_from(function, reduction)};
@@ -305,9 +305,10 @@ std::tuple<at::Tensor, at::Tensor> batch_hard_triplet_loss_backward(
   view.coefficients = coefficients.mutable_data_ptr();
   // Only now: sorting needs some memory of its own for a while.
   at::Tensor grad = at::empty(b.x.sizes(), b.x.options());
-  at::Tensor grad_ref = at::empty({ref_embeddings ? b.ref.size(0) : 0, b.x.size(1)}, b.x.options());
+  const bool of_references = ref_embeddings && with_ref_gradient;
+  at::Tensor grad_ref = at::empty({of_references ? b.ref.size(0) : 0, b.x.size(1)}, b.x.options());
   view.grad = grad.mutable_data_ptr();
-  view.grad_references = grad_ref.mutable_data_ptr();
+  view.grad_references = of_references ? grad_ref.mutable_data_ptr() : nullptr;
   triplet_gradient(view, options, stream);
   return {grad, grad_ref};
 }
