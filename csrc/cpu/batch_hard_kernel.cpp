@@ -13,6 +13,7 @@
 #include "../common/stage.h"
 #include "../common/triplet_loss.h"
 #include "capability.h"
+#include "huge_pages.h"
 #include "mined.h"
 #include "rows.h"
 
@@ -142,8 +143,8 @@ std::tuple<at::Tensor, at::Tensor> batch_hard_backward(const Kernels<T>& kernels
   const T *ap = d_ap.const_data_ptr<T>(), *an = d_an.const_data_ptr<T>(), *g = grad_loss.const_data_ptr<T>();
   const Uses uses = uses_of(p, q, n, ref ? ref->size(0) : n);
 
-  at::Tensor grad = at::empty({n, depth}, x.options());
-  at::Tensor grad_ref = at::empty({ref && with_ref_gradient ? ref->size(0) : 0, depth}, x.options());
+  at::Tensor grad = in_huge_pages(at::empty({n, depth}, x.options()));
+  at::Tensor grad_ref = in_huge_pages(at::empty({ref && with_ref_gradient ? ref->size(0) : 0, depth}, x.options()));
   if (std::any_of(ap, ap + n, [](T d) { return std::isnan(d); })) {
     grad.fill_(std::numeric_limits<double>::quiet_NaN());
     grad_ref.fill_(std::numeric_limits<double>::quiet_NaN());

@@ -2,6 +2,7 @@
 #include "../gram.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -210,7 +211,7 @@ template <class T>
 at::Tensor symmetric_times(const Kernels<T>& kernels, const at::Tensor& matrix, const at::Tensor& features) {
   const at::Tensor f = with_adjacent_axis(features);
   const int64_t batch = f.size(0), channels = f.size(1), positions = f.size(2);
-  at::Tensor grad = empty_like_in_huge_pages(features), out = with_adjacent_axis(grad);
+  at::Tensor grad = in_huge_pages(at::empty_like(features)), out = with_adjacent_axis(grad);
   // Positions at a time: 512 KiB of float32, to stay in L2, but rarely more than there are cores to share them.
   const int64_t width = kernels.panel_rows;
   const int64_t step = std::clamp<int64_t>(std::min(131072 / (channels * width), positions / (16 * width)), 1, 64) * width;

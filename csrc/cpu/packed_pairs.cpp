@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../common/stage.h"
+#include "huge_pages.h"
 
 namespace deepsim::cpu {
 
@@ -62,7 +63,7 @@ PackedPoints<T> pack_points(const Kernels<T>& kernels, const Rows& x, const std:
   p.count = x.count;
   p.panels = (x.count + kernels.panel_rows - 1) / kernels.panel_rows;
   p.norm = std::move(norm);
-  p.panel_buffer = at::empty({p.panels * kernels.panel_rows * x.depth}, c10::CppTypeToScalarType<T>::value);
+  p.panel_buffer = in_huge_pages(at::empty({p.panels * kernels.panel_rows * x.depth}, c10::CppTypeToScalarType<T>::value));
   p.half_norm.resize(p.panels * kernels.panel_rows);
   p.original.resize(p.panels * kernels.panel_rows);
   p.view = {p.panel_buffer.template mutable_data_ptr<T>(), p.half_norm.data(), p.original.data(), x.depth};

@@ -1,5 +1,6 @@
 // Distances of given pairs of rows on the CPU, and their gradient: each row of either side gathers that of its own pairs.
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <numeric>

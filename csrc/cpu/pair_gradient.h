@@ -1,12 +1,14 @@
 // How gradients of losses over pairs come together on the CPU: from pairs that are listed row by row, and from what tiles gather.
 #pragma once
 
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zero.h>
 
 #include <algorithm>
 #include <vector>
 
 #include "all_pairs.h"
+#include "huge_pages.h"
 
 namespace deepsim::cpu {
 
@@ -66,7 +68,8 @@ struct GatheredGradient {
 
  private:
   static at::Tensor none_yet(const PackedPairs<T>& pairs, const PackedPoints<T>& points) {
-    return at::zeros({points.panels * pairs.panel_rows * gathered_depth(points.view.depth)}, points.panel_buffer.options());
+    const int64_t elements = points.panels * pairs.panel_rows * gathered_depth(points.view.depth);
+    return in_huge_pages(at::empty({elements}, points.panel_buffer.options())).zero_();
   }
 };
 
@@ -139,7 +142,7 @@ class PairGradients {
  private:
   static const double* data(const std::vector<double>& scale) { return scale.empty() ? nullptr : scale.data(); }
   static at::Tensor none_yet(const at::Tensor& x) {
-    return at::zeros({x.size(0), x.size(1)}, x.options().dtype(c10::CppTypeToScalarType<T>::value));
+    return in_huge_pages(at::empty({x.size(0), x.size(1)}, x.options().dtype(c10::CppTypeToScalarType<T>::value))).zero_();
   }
 
   at::Tensor finished(const PairSides& sides, const PackedPoints<T>& points, T factor, const T* gathered, T gathered_factor,
