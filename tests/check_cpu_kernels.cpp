@@ -65,7 +65,7 @@ struct Points {
         original(padded),
         packed{panel_buffer.data(), half_norm.data(), original.data(), depth} {
     std::vector<double> sums(depth), norms(n);
-    in_threads(depth, [&](int64_t begin, int64_t end) { kernels.column_sums(rows, nullptr, begin, end, sums.data()); });
+    kernels.column_sums(rows, nullptr, 0, n, sums.data());
     std::vector<T> centre;
     for (const double sum : sums) centre.push_back(T(sum / double(n)));
     in_threads(n, [&](int64_t begin, int64_t end) { kernels.norms(rows, begin, end, norms.data()); });

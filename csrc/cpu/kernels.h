@@ -215,7 +215,7 @@ struct Kernels {
 
   int64_t panel_rows;
 
-  // sums[k] = sum over rows of x[row][k] / norm[row], zero rows left out, for columns [begin, end).
+  // sums[k] = sum over the rows [begin, end) of x[row][k] / norm[row], zero rows left out.
   void (*column_sums)(const Rows& x, const double* norm, int64_t begin, int64_t end, double* sums);
   // norm[row] = |x[row]|, 0 for a zero row, NaN or inf for a row that is not finite.
   void (*norms)(const Rows& x, int64_t begin, int64_t end, double* norm);

@@ -76,11 +76,16 @@ PackedPoints<T> pack_points(const Kernels<T>& kernels, const Rows& x, const std:
 
 template <class T>
 std::vector<double> column_means(const Kernels<T>& kernels, const Rows& x, const std::vector<double>& norm) {
+  constexpr int64_t kRows = 1024;  // summed by one thread, whatever the number of threads
   const Stage stage("centre");
-  std::vector<double> mean(x.depth);
-  at::parallel_for(0, x.depth, std::max<int64_t>(16, 65536 / std::max<int64_t>(1, x.count)), [&](int64_t begin, int64_t end) {
-    kernels.column_sums(x, norm.empty() ? nullptr : norm.data(), begin, end, mean.data());
+  const int64_t blocks = (x.count + kRows - 1) / kRows;
+  std::vector<double> sums(blocks * x.depth), mean(x.depth);
+  at::parallel_for(0, blocks, std::max<int64_t>(1, row_grain(x.depth) / kRows), [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b)
+      kernels.column_sums(x, norm.empty() ? nullptr : norm.data(), b * kRows, std::min(x.count, (b + 1) * kRows), &sums[b * x.depth]);
   });
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int64_t k = 0; k < x.depth; ++k) mean[k] += sums[b * x.depth + k];
   for (double& m : mean) m /= std::max<int64_t>(1, x.count);
   return mean;
 }

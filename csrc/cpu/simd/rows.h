@@ -13,11 +13,11 @@ DEEPSIM_INLINE const S* row_of(const Rows& x, int64_t i) {
 
 template <class S>
 void column_sums(const Rows& x, const double* norm, int64_t begin, int64_t end, double* sums) {
-  for (int64_t k = begin; k < end; ++k) sums[k] = 0;
-  for (int64_t i = 0; i < x.count; ++i) {
+  for (int64_t k = 0; k < x.depth; ++k) sums[k] = 0;
+  for (int64_t i = begin; i < end; ++i) {
     const S* row = row_of<S>(x, i);
     const double scale = norm ? (norm[i] == 0 ? 0.0 : 1 / norm[i]) : 1.0;
-    for (int64_t k = begin; k < end; ++k) sums[k] += double(widen(row[k])) * scale;
+    for (int64_t k = 0; k < x.depth; ++k) sums[k] += double(widen(row[k])) * scale;
   }
 }
 
