@@ -158,7 +158,7 @@ def time_case(loss: str, n: int, seconds: float) -> list[Record]:
 
 
 def memory_case(loss: str, n: int) -> list[Record]:
-    """Beyond the gradient and what the size of the largest class allows."""
+    """Beyond the gradient and some bytes for each positive pair, of which there are few here."""
     allowed = n * D * 4 + (K + 64) * 8 * n
     contender = contenders(loss, 64)[1]
     record = memory_record(contender, allowed, f"{__name__}:probe", loss, n)

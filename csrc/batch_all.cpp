@@ -15,8 +15,7 @@ TORCH_LIBRARY_FRAGMENT(deepsim_ext, m) {
   // that by the references needs with_ref_gradient too.
   m.def(
       "batch_all_triplet_loss(Tensor embeddings, Tensor labels, Tensor? ref_embeddings, Tensor? ref_labels, float margin,"
-      " bool semi_hard, str distance, str reduction, bool with_gradient,"
-      " bool with_ref_gradient)"
+      " bool semi_hard, str distance, str reduction, bool with_gradient, bool with_ref_gradient)"
       " -> (Tensor loss, Tensor counts, Tensor means, Tensor grad_embeddings, Tensor grad_ref_embeddings)");
   // The other arguments are those of the forward op, for the gradient of this gradient.
   m.def(

@@ -13,8 +13,7 @@ TORCH_LIBRARY_FRAGMENT(deepsim_ext, m) {
   // Results as of batch_all_triplet_loss.
   m.def(
       "batch_semi_hard_triplet_loss(Tensor embeddings, Tensor labels, Tensor? ref_embeddings, Tensor? ref_labels, float margin,"
-      " bool soft, str distance, str reduction, bool with_gradient,"
-      " bool with_ref_gradient)"
+      " bool soft, str distance, str reduction, bool with_gradient, bool with_ref_gradient)"
       " -> (Tensor loss, Tensor counts, Tensor means, Tensor grad_embeddings, Tensor grad_ref_embeddings)");
   m.def(
       "batch_semi_hard_triplet_loss_backward(Tensor grad_loss, Tensor grad, Tensor grad_ref, Tensor embeddings, Tensor labels,"

@@ -57,6 +57,8 @@ def loss_with_gradient(op: str, counts: int, dense_loss: Callable[..., Tensor]) 
         if grad_loss is None:
             return (None,) * (len(ctx.options) + 6)
         *unit, embeddings, labels, ref_embeddings, ref_labels = ctx.saved_tensors
+        if ctx.needs_input_grad[2] and not ctx.with_ref_gradient:
+            raise ValueError(f"{op}: the gradient by ref_embeddings needs with_ref_gradient=True in forward")
         grad, grad_ref = scale(grad_loss, *unit, embeddings, labels, ref_embeddings, ref_labels, *ctx.options)
         grad_ref = grad_ref if ref_embeddings is not None and ctx.with_ref_gradient else None
         return grad, None, grad_ref, None, *(None,) * (len(ctx.options) + 2)

@@ -25,7 +25,7 @@ def batch_all_triplet_loss(
     Source: Hermans, Beyer, Leibe, "In Defense of the Triplet Loss for Person Re-Identification" (2017), eq.
     6; it also proposes the mean over losses above 0. Every negative is held against its anchor's
     positives sorted by distance, so that time is O(N^2 (D + log K)), K = the largest class, and memory O(N D)
-    and up to 100 MiB of lists; on CUDA O(N D) and 32 MiB.
+    and some tens of MiB.
 
     Args:
         embeddings, labels, ref_embeddings, ref_labels, distance: as in `batch_hard_mine`.

@@ -70,10 +70,10 @@ def triplet_margin_loss(
     gap = between(0, 1) - d_an
     # Beyond the threshold softplus(z) is taken to be z; exp(-40) is below the rounding of a float64.
     loss = torch.nn.functional.softplus(gap, threshold=40) if soft else (gap + margin).relu()
-    # Looked for in the embeddings: relu hides a negative that is infinitely far. A sum is finite where
-    # all that it adds is, but for numbers so large that their squares are not.
+    # Looked for in the embeddings: relu hides a negative that is infinitely far. Extremes of NaN are NaN.
     with torch.no_grad():
-        finite = sum(x.sum(dim=1) for x in rows).isfinite()
+        extremes = torch.stack([extreme(x, dim=1) for x in rows for extreme in (torch.amin, torch.amax)])
+        finite = extremes.isfinite().all(dim=0)
     loss = torch.where(finite, loss, torch.nan)
     if reduction == "none":
         return loss

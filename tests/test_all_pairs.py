@@ -438,6 +438,14 @@ def test_backward_of_a_forward_without_gradient_is_an_error():
     x, labels = torch.randn(30, 4, requires_grad=True), torch.arange(30) // 3
     options = (0.2, False, "euclidean", "mean")
     value, *_ = ops.batch_all_triplet_loss(x, labels, None, None, *options, False, False)
+    with pytest.raises(ValueError, match="with_ref_gradient=True"):
+        ref = torch.randn(20, 4, requires_grad=True)
+        ops.batch_all_triplet_loss(x, labels, ref, labels[:20], *options, True, False)[0].backward()
+    with pytest.raises(ValueError, match=r"grad_ref must be .*\[0, 4\]"):
+        grad = torch.zeros(30, 4)
+        ops.batch_all_triplet_loss_backward(
+            torch.ones(()), grad, grad[:0, :3], x, labels, grad, labels, *options
+        )
     with pytest.raises(ValueError, match="with_gradient=True"):
         value.backward()
 

@@ -240,6 +240,15 @@ def test_non_finite_triplets_are_nan_and_stay_apart(function, which, value, soft
             assert function(*inputs, reduction=reduction, **options).isnan()
 
 
+@by_function
+def test_finite_triplets_are_never_nan(function) -> None:
+    """However large: their sums and squares are not finite, but they are."""
+    a = torch.tensor([[3e38, 3e38], [0.0, 0.0], [3e38, -3e38]])
+    p, n = a.clone(), torch.tensor([[0.0, 1.0], [3e38, 3e38], [3e38, -3e38]])
+    assert function(a, p, n, reduction="none").tolist() == torch.tensor([0.0, 0.0, 0.2]).tolist()
+    assert function(a, p, n, distance="cosine", reduction="none").isfinite().all()
+
+
 def test_transforms() -> None:
     inputs = tuple(t.detach() for t in triplets(12))
     expected = triplet_margin_loss(*inputs)

@@ -21,14 +21,13 @@ template <class T>
 struct Triplets {
   std::vector<int64_t> begin;  // [rows + 1], where those of a packed row begin
   std::vector<int32_t> anchor, positive, negative;
-  std::vector<T> d_ap, d_an, weight;
+  std::vector<T> d_ap, d_an, weight;  // empty until they are measured, when the lists are gone
 
   // Not filled yet. count(p) of packed row p.
   template <class Count>
   Triplets(int64_t rows, Count count) : begin(rows + 1) {
     for (int64_t p = 0; p < rows; ++p) begin[p + 1] = begin[p] + count(p);
     for (auto* list : {&anchor, &positive, &negative}) list->resize(size());
-    for (auto* list : {&d_ap, &d_an, &weight}) list->resize(size());
   }
 
   int64_t size() const { return begin.back(); }
@@ -74,6 +73,7 @@ template <class T>
 TripletSums measure(const Kernels<T>& kernels, const PackedPairs<T>& pairs, const Stripe& stripe, const Rows& rows, const Rows& columns,
                     const TripletLoss<T>& loss, Distance distance, Triplets<T>& triplets) {
   const Stage stage("recompute");
+  for (auto* values : {&triplets.d_ap, &triplets.d_an, &triplets.weight}) values->resize(triplets.size());
   at::parallel_for(0, triplets.size(), row_grain(rows.depth), [&](int64_t begin, int64_t end) {
     kernels.pair_distances(rows, columns, triplets.anchor.data(), triplets.positive.data(), distance, begin, end, triplets.d_ap.data());
     kernels.pair_distances(rows, columns, triplets.anchor.data(), triplets.negative.data(), distance, begin, end, triplets.d_an.data());
@@ -106,7 +106,7 @@ void add_gradient(PairGradients<T>& gradients, const PackedPairs<T>& pairs, cons
     for (int64_t t = triplets.begin[p]; t < triplets.begin[p + 1]; ++t)
       append(row, triplets.negative[t], triplets.d_an[t], -triplets.weight[t]);
   });
-  if (!gradients.of_columns()) return;
+  if (!gradients.wants_columns()) return;
   const ByRow chosen(pairs.columns().count, triplets.size(), [&](int64_t t) { return position[triplets.negative[t]]; });
   gradients.add_to_columns(0, pairs.columns().count, [&](int64_t c, RowPairs<T>& column) {
     for (int64_t i = chosen.begin[c]; i < chosen.begin[c + 1]; ++i) {

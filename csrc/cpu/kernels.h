@@ -54,7 +54,7 @@ struct TileBlock {
   const int32_t *positive_begin, *positive_end;
   int64_t row_count;                                     // rows that are not filling
   int64_t row_begin, row_end, column_begin, column_end;  // in panels
-  bool symmetric;  // rows and columns are the same points: only i <= j is computed, and i is never paired with itself
+  bool symmetric;  // rows and columns are the same points: only i <= j is computed, for both, and i is never paired with itself
 };
 
 // One rectangle to search for the hardest pairs of its rows and, where it is symmetric or they are asked for, of its columns.
@@ -97,7 +97,7 @@ struct SortedPositives {
 // as packed, times that last value.
 static constexpr int64_t gathered_depth(int64_t depth) { return depth + 1; }
 
-// One rectangle of the batch-all triplet loss. `columns` are read in the self form only. What is gathered of the gradients is
+// One rectangle of the batch-all triplet loss. `columns` are read in symmetric ones only. What is gathered of the gradients is
 // added to, for the sum of the losses; null where none is wanted, and columns' alone where that is not.
 template <class T>
 struct BatchAllBlock {
@@ -127,7 +127,7 @@ struct SemiHardLists {
   int32_t* farthest_index;
 };
 
-// One rectangle of semi-hard mining. `columns` are used in the self form only.
+// One rectangle of semi-hard mining. `columns` are used in symmetric ones only.
 template <class T>
 struct SemiHardBlock {
   TileBlock<T> tiles;

@@ -76,7 +76,7 @@ PackedPoints<T> pack_points(const Kernels<T>& kernels, const Rows& x, const std:
 
 template <class T>
 std::vector<double> column_means(const Kernels<T>& kernels, const Rows& x, const std::vector<double>& norm) {
-  constexpr int64_t kRows = 1024;  // summed by one thread, whatever the number of threads
+  constexpr int64_t kRows = 256;  // summed by one thread, whatever the number of threads
   const Stage stage("centre");
   const int64_t blocks = (x.count + kRows - 1) / kRows;
   std::vector<double> sums(blocks * x.depth), mean(x.depth);

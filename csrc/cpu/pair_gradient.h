@@ -86,14 +86,14 @@ class PairGradients {
         grad_(wanted.gradient ? none_yet(x) : at::Tensor()),
         grad_ref_(!ref ? grad_ : wanted.gradient && wanted.of_references ? none_yet(*ref) : at::Tensor()) {}
 
-  bool of_rows() const { return grad_.defined(); }
-  bool of_columns() const { return grad_ref_.defined(); }
+  bool wants_rows() const { return grad_.defined(); }
+  bool wants_columns() const { return grad_ref_.defined(); }
 
   // Pairs of a stripe's anchors with their positives: distance(p, s) and weight(p, s) are those of packed row p and its s-th positive.
   // same_weight: it is that of the mirror image as well.
   template <class DistanceOf, class WeightOf>
   void add_positives(const Stripe& stripe, DistanceOf distance, WeightOf weight, bool same_weight) {
-    if (!of_rows()) return;
+    if (!wants_rows()) return;
     const Stage stage("gradient");
     const auto [first, last] = row_range(pairs_, stripe);
     // In the self form a row is an anchor and a positive of the same rows: where the other weight is known, both pairs are one.
@@ -106,7 +106,7 @@ class PairGradients {
         append(row, pairs_.columns().original[c], distance(p, s), total);
       }
     });
-    if (at_once || first == last || !of_columns()) return;
+    if (at_once || first == last || !wants_columns()) return;
     const PositiveRanges& anchors = pairs_.anchors_of_columns();
     const auto list = [&, first = first, last = last](int64_t c, RowPairs<T>& column) {
       for (int64_t p = std::max<int64_t>(first, anchors.begin[c]); p < std::min<int64_t>(last, anchors.end[c]); ++p) {
@@ -129,13 +129,13 @@ class PairGradients {
   }
 
   // The gradients by the rows and by the columns, the latter only of a reference set: `factor` times that of the pairs so far, and
-  // `gathered_factor` times what tiles have gathered.
+  // `gathered_factor` times what tiles have gathered, which is used up.
   void finish(T factor, const GatheredGradient<T>& gathered, T gathered_factor, at::Tensor& grad, at::Tensor& grad_ref) {
-    if (!of_rows()) return;
+    if (!wants_rows()) return;
     const Stage stage("gradient");
     if (pairs_.symmetric && gathered.rows.defined() && !gathered.rows.is_same(gathered.columns)) gathered.rows.add_(gathered.columns);
     grad = finished(of_rows_, pairs_.rows, factor, gathered.row_data(), gathered_factor, grad_);
-    if (pairs_.symmetric || !of_columns()) return;
+    if (pairs_.symmetric || !wants_columns()) return;
     grad_ref = finished(of_columns_, pairs_.references, factor, gathered.column_data(), gathered_factor, grad_ref_);
   }
 

@@ -18,7 +18,7 @@ struct Stripe {
   int64_t begin, end;
 };
 
-// Elements of lists that are held at a time, or those of one panel. Losses need up to 32 bytes for each, 44 in float64.
+// Elements of lists that are held at a time, or those of one panel, if it has more. Losses need up to 32 bytes for each, 44 in float64.
 inline constexpr int64_t kMostListed = int64_t(1) << 21;
 
 // All anchors. Mostly one stripe; classes of very many rows take several.

@@ -51,7 +51,7 @@ inline void offer_by_search(const SemiHardLists<T>& l, int64_t panel, int64_t wi
   int32_t* nearest_index = l.nearest_index + l.begin[panel];
   Lanes<T> first[NV], beyond = {};
   for (int c = 0; c < NR; ++c) first[c / W][c % W] = c;
-  for (int l = 0; l < W; ++l) beyond[l] = width;
+  for (int lane = 0; lane < W; ++lane) beyond[lane] = width;
   for (int64_t r = 0; r < NR; ++r) {
     Vec<T> d[NV];
     for (int v = 0; v < NV; ++v) d[v] = load(tile + r * NR + v * W);
