@@ -34,18 +34,8 @@ def ring_loss(
     def negatives(
         x: Tensor, labels: Tensor, ref: Tensor | None, ref_labels: Tensor | None
     ) -> Sequence[Tensor]:
-        return torch.ops.deepsim_ext.batch_contrastive_loss(
-            x,
-            labels,
-            ref,
-            ref_labels,
-            no_positives,
-            neg_margin,
-            squared,
-            distance,
-            "sum",
-            *[with_gradient] * 2,
-        )
+        options = no_positives, neg_margin, squared, distance, "sum", with_gradient, with_gradient
+        return torch.ops.deepsim_ext.batch_contrastive_loss(x, labels, ref, ref_labels, *options)
 
     loss, counts, means, grad, _ = negatives(x, labels, None, None)
     # Over ordered pairs of negatives: loss, pairs, pairs with a loss, distance.
