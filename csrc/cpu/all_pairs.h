@@ -86,7 +86,7 @@ LossWithGradient loss_with_gradient(const at::Tensor& x, double loss, const std:
           at::empty({0, x.size(1)}, options), at::empty({0, x.size(1)}, options)};
 }
 
-// Whose gradients are wanted; in the self form, `references` does not matter.
+// Whose gradients are wanted; in the self form `of_references` does not matter.
 struct Wanted {
   bool gradient, of_references;
 };
