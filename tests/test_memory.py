@@ -86,7 +86,7 @@ def test_batch_hard_needs_no_square_matrix(n, d, dtype, form):
 @pytest.mark.parametrize("loss", ALL_PAIRS)
 def test_classes_of_half_the_batch_need_no_square_matrix(loss):
     """32 bytes of each positive that csrc/cpu/positive_lists.h lists at a time, and 64 N bytes + 32 MiB."""
-    n = 8192
+    n = 6144
     peak = peak_in_subprocess("tests.test_memory:two_classes_probe", loss, n)
     assert 4 * 8 * n <= peak <= 32 * 2**21 + 64 * n + 32 * MIB < 4 * n**2
 
