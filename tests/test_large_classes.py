@@ -100,7 +100,7 @@ def test_batch_all(form, dtype):
 @dtypes
 @pytest.mark.parametrize("loss", ["semi_hard", "contrastive"])
 def test_against_the_reference(loss, form, dtype):
-    name, options = {
+    function, options = {
         "semi_hard": (batch_semi_hard_triplet_loss, {"margin": 0.1}),
         "contrastive": (batch_contrastive_loss, {"pos_margin": 0.4, "neg_margin": 1.5, "squared": True}),
     }[loss]
@@ -108,8 +108,9 @@ def test_against_the_reference(loss, form, dtype):
     exact = exactly(tensors)
     for t in leaves(tensors):
         t.requires_grad_()
-    got = name(*tensors, reduction="mean_nonzero", return_stats=True, **options)
-    wanted = getattr(reference, name.__name__)(*exact, reduction="mean_nonzero", return_stats=True, **options)
+    got = function(*tensors, reduction="mean_nonzero", return_stats=True, **options)
+    twin = getattr(reference, function.__name__)
+    wanted = twin(*exact, reduction="mean_nonzero", return_stats=True, **options)
     got.loss.backward()
     wanted.loss.backward()
     for field, a, b in zip(got._fields, got, wanted, strict=True):

@@ -27,7 +27,7 @@ DEEPSIM_INLINE void improve(T* value, int32_t* index, Vec<T> found, const T* til
   store(value, better ? found : known);
 }
 
-// The farthest negatives of a tile, in the columns [c, c + kLanes) of the panel.
+// The farthest negatives in the first kLanes columns of a tile, which are those of the packed rows from `row` on.
 template <class T>
 DEEPSIM_INLINE void offer_farthest(const SemiHardLists<T>& l, int64_t row, const T* tile, const int32_t* original) {
   constexpr int64_t NR = kPanelRows<T>;
