@@ -1,11 +1,11 @@
-"""Contrastive loss of given pairs: elementwise in the pairs, so plain torch is all it takes."""
+"""Contrastive loss of given pairs."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks, reference
+from ._given_rows import given_rows_loss
 
 
 def contrastive_loss(
@@ -34,14 +34,11 @@ def contrastive_loss(
             together, or a `y` that requires grad.
     """
     x1, x2, y, margin = _checks.contrastive("contrastive_loss", x1, x2, y, margin=margin, reduction=reduction)
-    dtype = _checks.compute_dtype(x1)
-    y = torch.where((y >= 0) & (y <= 1), y, torch.nan)
-    squared = (x1.to(dtype) - x2.to(dtype)).square().sum(dim=1)
-    squared = torch.where(squared.isfinite(), squared, torch.nan)
-    # sqrt never sees a zero: its infinite slope there makes gradients NaN even where they are masked out.
-    same = squared == 0
-    d = torch.where(same, 0.0, torch.where(same, 1.0, squared).sqrt())
-    loss = y * squared + (1 - y) * (margin - d).relu().square()
-    if reduction == "mean":
-        return loss.sum() / max(loss.shape[0], 1)
-    return loss.sum() if reduction == "sum" else loss
+    return _loss(x1, x2, y, margin, reduction)
+
+
+def _dense_loss(x1: Tensor, x2: Tensor, y: Tensor, margin: float, reduction: str) -> Tensor:
+    return reference.contrastive_loss(x1, x2, y, margin=margin, reduction=reduction)
+
+
+_loss = given_rows_loss("contrastive_loss", 2, lambda *_: 1, _dense_loss)

@@ -1,14 +1,11 @@
-"""Triplet loss of given triplets: elementwise in the triplets, so plain torch is all it takes."""
+"""Triplet loss of given triplets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-import torch
 from torch import Tensor
 
-from . import _checks
-from .reference.distances import rowwise, unit_rows, zero_rows
+from . import _checks, reference
+from ._given_rows import given_rows_loss
 
 
 def triplet_margin_loss(
@@ -61,31 +58,15 @@ def triplet_margin_loss(
         distance=distance,
         reduction=reduction,
     )
-    dtype = _checks.compute_dtype(a)
-    rows = [x.to(dtype) for x in (a, p, n)]
-    between = _distances(rows, distance)
-    d_an = between(0, 2)
-    if swap:
-        d_an = torch.minimum(d_an, between(1, 2))
-    gap = between(0, 1) - d_an
-    # Beyond the threshold softplus(z) is taken to be z; exp(-40) is below the rounding of a float64.
-    loss = torch.nn.functional.softplus(gap, threshold=40) if soft else (gap + margin).relu()
-    # Looked for in the embeddings: relu hides a negative that is infinitely far. Extremes of NaN are NaN.
-    with torch.no_grad():
-        extremes = torch.stack([extreme(x, dim=1) for x in rows for extreme in (torch.amin, torch.amax)])
-        finite = extremes.isfinite().all(dim=0)
-    loss = torch.where(finite, loss, torch.nan)
-    if reduction == "none":
-        return loss
-    if reduction == "mean_nonzero":
-        return loss.sum() / (loss > 0).sum().clamp(min=1)
-    return loss.sum() / max(loss.shape[0], 1) if reduction == "mean" else loss.sum()
+    return _loss(a, p, n, margin, swap, soft, distance, reduction)
 
 
-def _distances(rows: Sequence[Tensor], distance: str) -> Callable[[int, int], Tensor]:
-    """The distances between the rows of two of some tensors, each of which is scaled once."""
-    if distance != "cosine":
-        return lambda i, j: rowwise(rows[i], rows[j], distance)
-    units, zero = [unit_rows(x) for x in rows], [zero_rows(x) for x in rows]
-    # As `rowwise` has it.
-    return lambda i, j: torch.where(zero[i] | zero[j], 1.0, rowwise(units[i], units[j], "sqeuclidean") / 2)
+def _dense_loss(
+    anchor: Tensor, positive: Tensor, negative: Tensor, margin: float, swap: bool, soft: bool, *names: str
+) -> Tensor:
+    distance, reduction = names
+    options = {"margin": margin, "swap": swap, "soft": soft, "distance": distance, "reduction": reduction}
+    return reference.triplet_margin_loss(anchor, positive, negative, **options)
+
+
+_loss = given_rows_loss("triplet_margin_loss", 3, lambda margin, swap, *_: 3 if swap else 2, _dense_loss)

@@ -36,6 +36,7 @@ SHARED_SOURCE = """
 #include "csrc/cuda/batch_contrastive.cu"
 #include "csrc/cuda/batch_hard.cu"
 #include "csrc/cuda/batch_semi_hard.cu"
+#include "csrc/cuda/given_rows.cu"
 #include "csrc/cuda/gram.cu"
 #include "csrc/cuda/mine_triplets.cu"
 #include "csrc/cuda/nearest_neighbors.cu"
@@ -51,6 +52,7 @@ int main() {
   std::printf("choose_again_kernel %zu\\n", sizeof(ChoosingShared));
   std::printf("finish_kernel %zu\\n", sizeof(LossShared));
   std::printf("gradient_kernel %zu\\n", sizeof(GradientShared));
+  std::printf("given_losses_kernel %zu\\n", sizeof(LossShared));
   std::printf("pair_distances_kernel %zu\\n", sizeof(DirectElements<double>));
   std::printf("pair_products_kernel %zu\\n", sizeof(PairTileShared));
   std::printf("batch_all_rows_kernel %zu\\n", sizeof(BatchAllShared<double>));
@@ -104,6 +106,8 @@ EXPECTATIONS = {
     "lay_choices_kernel": Expectation(),
     "prepare_kernel": Expectation(),
     "gradient_kernel": Expectation(least_blocks=2),
+    "given_losses_kernel": Expectation(least_blocks=3),
+    "given_gradient_kernel": Expectation(least_blocks=3),
     "pair_distances_kernel": Expectation(least_blocks=2),
     "centre_rows_kernel": Expectation(),
     "pair_products_kernel": Expectation(tensor_cores=True, least_blocks=2),

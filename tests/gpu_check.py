@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
 # Programs check_<op>.cpp of tests/emulator.
-CHECKS = ("all_pairs", "batch_hard", "gram")
+CHECKS = ("all_pairs", "batch_hard", "gram", "given_rows")
 CHECK_FLAGS = ["-std=c++17", "-x", "cu", "-I.", "-Itests/emulator"]
 
 
@@ -60,7 +60,8 @@ def steps(folder: Path, scratch: Path) -> list[list[Step]]:
     install = [PYTHON, "-m", "pip", "install", "--no-index", "--no-deps"]
     install += ["--target", str(scratch / "packages")]
     suite = [f"tests/test_{name}.py" for name in ("batch_hard", "batch_hard_extremes", "gram", "style")]
-    pairs = [f"tests/test_{name}.py" for name in ("nearest_neighbors", "all_pairs", "mining_strategies")]
+    pairs = ["nearest_neighbors", "all_pairs", "mining_strategies", "triplet_margin", "contrastive"]
+    pairs = [f"tests/test_{name}.py" for name in pairs]
     # Values only: a redirected op is two for whoever counts ops, and its tensors are for whoever counts them.
     numbers = ["--on-cuda", "-k", "not gradcheck and not are_one_op and not bytes_a_row"]
 

@@ -13,6 +13,8 @@ OPS = (
     "batch_hard_triplet_loss",
     "batch_hard_triplet_loss_backward",
     "batch_semi_hard_triplet_loss",
+    "contrastive_loss",
+    "contrastive_loss_backward",
     "gram_matrix",
     "gram_matrix_backward",
     "mine_triplets",
@@ -20,6 +22,8 @@ OPS = (
     "nearest_neighbors",
     "style_loss",
     "style_loss_backward",
+    "triplet_margin_loss",
+    "triplet_margin_loss_backward",
 )
 
 _library = None  # what is registered lasts as long as this

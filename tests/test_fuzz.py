@@ -280,6 +280,19 @@ def contrastive(d: Draw) -> Call:
     return with_backward(lambda: deepsim_ext.contrastive_loss(*arguments, **options)), check
 
 
+def triplet_margin(d: Draw) -> Call:
+    t, depth, dtype = d.size(20), d.size(10), d.pick(*FLOATS)
+    arguments = [d.floats(t, depth, dtype=dtype) for _ in range(3)]
+    options = {name: d.pick(True, False) for name in ("swap", "soft")}
+    options |= {"margin": d.number(), "distance": d.name(*DISTANCES)}
+    options["reduction"] = d.name("mean", "mean_nonzero", "sum", "none")
+
+    def check(result: Any) -> bool:
+        return is_tensor(result, arguments[0].shape[:1] if options["reduction"] == "none" else ())
+
+    return with_backward(lambda: deepsim_ext.triplet_margin_loss(*arguments, **options)), check
+
+
 def feature_shape(d: Draw) -> list[int]:
     return [d.size(3), d.size(12), *(d.size(9) for _ in range(d.pick(1, 2, 3)))]
 
@@ -373,7 +386,8 @@ def accumulated(d: Draw) -> Call:
         return gram, accumulator.gradient(chunks[0], torch.ones_like(gram))
 
     def check(result: Any) -> bool:
-        return is_tensor(result[0], (shape[0], shape[1], shape[1])) and is_tensor(result[1], chunks[0].shape)
+        b, c = chunks[0].shape[:2]  # which need not be what was meant
+        return is_tensor(result[0], (b, c, c)) and is_tensor(result[1], chunks[0].shape)
 
     return call, check
 
@@ -520,6 +534,7 @@ FUNCTIONS = (
     all_pairs,
     neighbors,
     contrastive,
+    triplet_margin,
     gram,
     style,
     style,

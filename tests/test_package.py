@@ -146,7 +146,15 @@ def test_cuda_kernels_are_registered_where_they_are_built():
         "batch_hard_triplet_loss",
         "batch_hard_triplet_loss_backward",
     )
-    for op in (*ops, "gram_matrix", "gram_matrix_backward", "style_loss"):
+    ops = (
+        *ops,
+        "gram_matrix",
+        "gram_matrix_backward",
+        "style_loss",
+        "triplet_margin_loss",
+        "contrastive_loss",
+    )
+    for op in ops:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"deepsim_ext::{op}", "CUDA") == built
 
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "../common/distance.h"
+#include "../common/given_pairs.h"
 
 namespace deepsim::cpu {
 
@@ -195,6 +196,24 @@ struct GatheredRows {
   Distance distance;
 };
 
+// Rows of one number make up a pair or a triplet, see common/given_pairs.h.
+struct GivenRows {
+  Rows sets[kMostGivenSets];
+  int set_count, pairs;
+  Distance distance;
+};
+
+template <class T>
+struct GivenGradient {
+  GivenRows rows;
+  const T *distances, *slopes;  // [pairs][count]
+  // Row t's loss weighs grad_loss[grad_loss_stride * t] * scale.
+  const T* grad_loss;
+  int64_t grad_loss_stride;
+  T scale;
+  void* grads[kMostGivenSets];  // [count][depth] in the storage dtype
+};
+
 // A slice of one sample's features: C channels, spatial positions [begin, end).
 struct FeatureSlice {
   const void* data;
@@ -242,6 +261,9 @@ struct Kernels {
   void (*pair_gradient)(const PairSides& sides, int64_t row, const ListedPair<T>* pairs, int64_t count, T* grad);
   // Rows of the packed positions [begin, end), each at its place in `grad`, [rows][depth].
   void (*finish_gradient)(const GatheredRows<T>& g, int64_t begin, int64_t end, T* grad);
+  // Distances of the rows [begin, end), [end - begin][kMostGivenPairs]; not finite where a row's numbers or squares are not.
+  void (*given_distances)(const GivenRows& g, int64_t begin, int64_t end, double* distances);
+  void (*given_gradient)(const GivenGradient<T>& g, int64_t begin, int64_t end);
   // Upper-triangle tiles of F F^T over the slice: tiles[(I, J), I <= J][panel_rows][panel_rows], rows of panel I, columns of panel J.
   // Less work where the last panel L is short: the tiles (I, L), I < L, are transposed, and rows beyond the channels are not
   // written. Nor is what lies left of the diagonal in the tiles (I, I). `packed` is scratch of gram_scratch(channels) elements.

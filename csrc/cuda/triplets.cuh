@@ -2,13 +2,11 @@
 #pragma once
 
 #include "key.cuh"
+#include "loss_sum.cuh"
 #include "mine_direct.cuh"
 #include "rows.cuh"
 
 namespace deepsim::cuda {
-
-constexpr int kRowThreads = 256;
-constexpr int kRowWarps = kRowThreads / kWarp;
 
 // Blocks on a multiprocessor at least. A warp follows indices from one load to the next: only other warps hide its waiting.
 template <class S>
@@ -68,19 +66,13 @@ struct TileChoices {
 
 // ---- loss ----
 
-struct LossShared {
-  LossPart part[kRowThreads];
-  bool last;
-};
-
 // The loss of an anchor, 0 if it is not valid. Without finite embeddings every loss is NaN.
 template <class T>
 __device__ __forceinline__ T anchor_loss(const TripletLoss<T>& loss, int32_t positive, T d_ap, T d_an) {
   return positive >= 0 || d_ap != d_ap ? loss.value(d_ap, d_an) : T(0);
 }
 
-// One warp per anchor. Each block adds up its losses, and the block that is last to finish the sums of all, in an order that depends
-// on their number only.
+// One warp per anchor.
 template <class S, class Choices>
 __global__ void __launch_bounds__(kRowThreads, kFinishBlocks<S>)
     finish_kernel(Batch batch, Choices choices, Triplets out, LossOptions options) {
@@ -120,35 +112,7 @@ __global__ void __launch_bounds__(kRowThreads, kFinishBlocks<S>)
   if (!out.loss || options.reduction == Reduction::none) return;
 
   auto& shared = shared_memory<LossShared>();
-  if (lane_index() == 0) shared.part[threadIdx.x / kWarp] = part;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int w = 1; w < kRowWarps; ++w) {
-      part.sum += shared.part[w].sum;
-      part.count += shared.part[w].count;
-    }
-    out.parts[blockIdx.x] = part;
-    __threadfence();  // is seen by whoever sees the ticket
-    shared.last = atomicAdd(&batch.flags->finished, 1u) == gridDim.x - 1;
-  }
-  __syncthreads();
-  if (!shared.last) return;
-  __threadfence();
-  part = {0, 0};
-#pragma unroll 4  // loads that wait for nothing
-  for (int64_t k = threadIdx.x; k < gridDim.x; k += kRowThreads) {
-    part.sum += out.parts[k].sum;
-    part.count += out.parts[k].count;
-  }
-  shared.part[threadIdx.x] = part;
-  for (int half = kRowThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (int(threadIdx.x) < half) {
-      shared.part[threadIdx.x].sum += shared.part[threadIdx.x + half].sum;
-      shared.part[threadIdx.x].count += shared.part[threadIdx.x + half].count;
-    }
-  }
-  if (threadIdx.x != 0) return;
+  if (!sum_losses(part, out.parts, &batch.flags->finished, shared)) return;
   const auto [sum, count] = shared.part[0];
   const int64_t divisor = options.reduction == Reduction::sum || count == 0 ? 1 : count;
   // Also where there is no anchor at all: then the references alone may be not finite.
@@ -247,8 +211,7 @@ struct RowGradient {
       for (int e = 0; e < kGradientRun; ++e) sum[e] += T(on_row * double(row[e]) - on_other * double(other.element[e]));
       return;
     }
-    // Euclidean: (u - other) / d, taken as 0 at d = 0.
-    const T factor = g.batch.distance == Distance::sqeuclidean ? 2 * coefficient : d > 0 ? coefficient / d : d == 0 ? T(0) : d;
+    const T factor = euclidean_factor(g.batch.distance, d, coefficient);
     if (factor == 0) return;
     for (int e = 0; e < kGradientRun; ++e) sum[e] += factor * (row[e] - other.element[e]);
   }

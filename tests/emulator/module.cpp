@@ -7,6 +7,7 @@
 #include "../../csrc/cuda/batch_contrastive.cu"
 #include "../../csrc/cuda/batch_hard.cu"
 #include "../../csrc/cuda/batch_semi_hard.cu"
+#include "../../csrc/cuda/given_rows.cu"
 #include "../../csrc/cuda/gram.cu"
 #include "../../csrc/cuda/mine_triplets.cu"
 #include "../../csrc/cuda/nearest_neighbors.cu"

@@ -35,11 +35,16 @@ DEEPSIM_INLINE double sum_of(int64_t n, Term term) {
   return ((chain[0] + chain[1]) + (chain[2] + chain[3])) + ((chain[4] + chain[5]) + (chain[6] + chain[7]));
 }
 
+// |row|^2
+template <class S>
+DEEPSIM_INLINE double square_of(const S* row, int64_t depth) {
+  return sum_of(depth, [row](int64_t k) { return double(widen(row[k])) * double(widen(row[k])); });
+}
+
 template <class S>
 void norms(const Rows& x, int64_t begin, int64_t end, double* norm) {
   for (int64_t i = begin; i < end; ++i) {
-    const S* row = row_of<S>(x, i);
-    const double square = sum_of(x.depth, [row](int64_t k) { return double(widen(row[k])) * double(widen(row[k])); });
+    const double square = square_of(row_of<S>(x, i), x.depth);
     norm[i] = square < __builtin_inf() ? __builtin_sqrt(square) : __builtin_nan("");
   }
 }

@@ -3,6 +3,7 @@
 
 #include "batch_all.h"
 #include "batch_contrastive.h"
+#include "given_rows.h"
 #include "gram.h"
 #include "mine.h"
 #include "nearest_neighbors.h"
@@ -32,6 +33,8 @@ constexpr Kernels<typename ComputeOf<S>::type> kernels_for() {
           pair_distances<S>,
           pair_gradient<S>,
           finish_gradient<S>,
+          given_distances<S>,
+          given_gradient<S>,
           gram_scratch<T>,
           gram<S>,
           gram_gradient<S>};

@@ -8,8 +8,7 @@ namespace deepsim::cpu::DEEPSIM_CAPABILITY {
 template <class S>
 inline double distance_between(const S* a, const S* b, int64_t depth, Distance distance) {
   if (distance == Distance::cosine) {
-    const double aa = sum_of(depth, [a](int64_t k) { return double(widen(a[k])) * double(widen(a[k])); });
-    const double bb = sum_of(depth, [b](int64_t k) { return double(widen(b[k])) * double(widen(b[k])); });
+    const double aa = square_of(a, depth), bb = square_of(b, depth);
     if (aa == 0 || bb == 0) return 1;
     // |a/|a| - b/|b||^2 / 2 = 1 - cos, without its cancellation for nearly parallel rows.
     // Divided, not multiplied by the inverse: so rows of one column become exactly 1 and -1.
@@ -40,6 +39,12 @@ void triplet_distances(const Rows& anchors, const Rows& references, const int32_
   }
 }
 
+// What u - other is multiplied by in coefficient * (derivative of d(u, other) by u): (u - other) / d if d is Euclidean, taken as 0 at 0.
+template <class T>
+DEEPSIM_INLINE T euclidean_factor(Distance distance, T d, T coefficient) {
+  return distance == Distance::sqeuclidean ? 2 * coefficient : d > 0 ? coefficient / d : d == 0 ? T(0) : d;
+}
+
 // sum += coefficient * (derivative of d(u, other) by u).
 template <class S, class T>
 DEEPSIM_INLINE void add_distance_gradient(const S* u, const S* other, int64_t depth, Distance distance, T d, T coefficient,
@@ -51,8 +56,7 @@ DEEPSIM_INLINE void add_distance_gradient(const S* u, const S* other, int64_t de
     for (int64_t k = 0; k < depth; ++k) sum[k] += T(on_u * double(widen(u[k])) - on_other * double(widen(other[k])));
     return;
   }
-  // Euclidean: (u - other) / d, taken as 0 at d = 0.
-  const T factor = distance == Distance::sqeuclidean ? 2 * coefficient : d > 0 ? coefficient / d : d == 0 ? T(0) : d;
+  const T factor = euclidean_factor(distance, d, coefficient);
   for (int64_t k = 0; k < depth; ++k) sum[k] += factor * (T(widen(u[k])) - T(widen(other[k])));
 }
 
