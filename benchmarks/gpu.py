@@ -23,7 +23,7 @@ from torch import Tensor
 import deepsim_ext
 from tests.samples import VGG19_LAYERS, balanced_labels
 
-from . import baselines, bench_all_pairs
+from . import baselines, bench_all_pairs, bench_given_rows
 from .environment import environment
 
 Record = dict[str, Any]
@@ -45,6 +45,7 @@ COMPILED_PICTURES = (512,)
 WAYS = ("direct", "mma", "wgmma")
 CROSSOVER = tuple((n, d) for n in (512, 1024, 2048, 4096) for d in (64, 128, 512))
 PAIR_ROWS = (4096, 1024, 16384)
+GIVEN_ROWS = (16384, 1024, 131072)
 NEIGHBORS = ((8192, 10), (65536, 10))  # rows, k
 PICTURES = ((512, 1), (256, 1), (1024, 1), (512, 8), (2048, 1))
 ROTATED = 4  # inputs
@@ -173,6 +174,23 @@ def all_pairs_case(name: str, n: int, precision: str) -> list[Record]:
     return [{"op": name, "case": f"N={n} D={d} {precision}"} | r for r in records]
 
 
+def given_rows_case(name: str, t: int, precision: str) -> list[Record]:
+    """A loss of given triplets or pairs of rows of 128 columns."""
+    ours, eager = bench_given_rows.LOSSES[name]
+    inputs = []
+    for _ in range(ROTATED):
+        leaves, constants = bench_given_rows.draw(name, t)
+        leaves = [x.cuda().to(PRECISIONS[precision][0]).requires_grad_() for x in leaves]
+        inputs.append((leaves, [c.cuda() for c in constants]))
+    torch.compiler.reset()
+    compiled = torch.compile(eager, dynamic=False)
+    records = guarded("deepsim_ext", lambda x, c: ours(*x, *c), inputs, "")
+    records += guarded("torch eager", lambda x, c: eager(*x, *c), inputs, "")
+    why = "" if (t, precision) == (GIVEN_ROWS[0], "float32") else "not asked for"
+    records += guarded("torch.compile", lambda x, c: compiled(*x, *c), inputs, why)
+    return [{"op": name, "case": f"T={t} D={bench_given_rows.D} {precision}"} | r for r in records]
+
+
 def neighbors_case(n: int, k: int, precision: str) -> list[Record]:
     inputs = [torch.randn(n, 128, device="cuda").to(PRECISIONS[precision][0]) for _ in range(ROTATED)]
     times = device_times([lambda x=x: deepsim_ext.nearest_neighbors(x, None, k) for x in inputs])
@@ -255,8 +273,14 @@ def cases() -> list[tuple[str, Callable[[], list[Record]]]]:
         for name in bench_all_pairs.OURS
     ]
     pairs += [("float32", lambda n=n, k=k: neighbors_case(n, k, "float32")) for n, k in NEIGHBORS]
+    given = [
+        (p, lambda name=name, t=t, p=p: given_rows_case(name, t, p))
+        for t in GIVEN_ROWS
+        for p in ("float32", "bfloat16")
+        for name in bench_given_rows.LOSSES
+    ]
     # In turn, so that whatever time allows has some of each.
-    groups = itertools.zip_longest(batches, styles, pairs, crossovers)
+    groups = itertools.zip_longest(batches, styles, pairs, given, crossovers)
     return [case for group in groups for case in group if case is not None]
 
 

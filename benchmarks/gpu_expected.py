@@ -146,6 +146,16 @@ def all_pairs(n: int, d: int) -> list[Stage]:
     ]
 
 
+def given_triplets(t: int, d: int, itemsize: int) -> list[Stage]:
+    """Of t triplets: a warp reads three rows, and in backward writes three."""
+    rows = 3 * t * d * itemsize
+    convert = 2 * 3 * t * d / 16 * 128  # to double, of which a multiprocessor does 16 at a time
+    return [
+        Stage("losses", memory=rows, plain=convert, launches=2),
+        Stage("gradient", memory=2 * rows, plain=8 * t * d),
+    ]
+
+
 def neighbors(n: int, d: int) -> list[Stage]:
     """The search of a few nearest of each row, few others being as near; float32 in any storage."""
     stripe = min(n, max(64, 2**23 // n // 64 * 64))
@@ -226,6 +236,11 @@ def main() -> int:
     ]
     cases += [(f"batch-all N={n} D={d}", all_pairs(n, d)) for n in (1024, 4096, 16384) for d in (128, 512)]
     cases += [(f"neighbors N={n} D={d}", neighbors(n, d)) for n in (4096, 16384, 65536) for d in (128, 512)]
+    cases += [
+        (f"given triplets T={t} D=128 {name}", given_triplets(t, 128, itemsize))
+        for name, itemsize in (("float32", 4), ("bfloat16", 2))
+        for t in (1024, 16384, 131072)
+    ]
     cases += [
         (f"style {s}x{s} {name}", style(s, itemsize))
         for name, itemsize in (("float32", 4), ("bfloat16", 2))

@@ -14,6 +14,7 @@ from . import (
     bench_all_pairs,
     bench_distributed,
     bench_gallery,
+    bench_given_rows,
     bench_style,
     bench_stylize,
     bench_verification,
@@ -108,6 +109,27 @@ def all_pairs_section(result: dict[str, Any]) -> str:
             f" {faiss:.1f} times as fast as faiss' IndexFlatL2.",
             "",
         ]
+    )
+
+
+def given_rows_section(result: dict[str, Any]) -> str:
+    """A line that says where it was measured, and a table: times, and how much faster than each rival."""
+    rivals = ["torch eager", "torch.compile"]
+    times = {(r["case"], r["contender"]): r["p50_ms"] for r in result["records"] if r.get("phase") == "both"}
+    rows = []
+    for loss in bench_given_rows.LOSSES:
+        row = [loss]
+        for t in bench_given_rows.SIZES:
+            case = bench_given_rows.case_name(loss, t)
+            ours = times[case, "deepsim_ext"]
+            row += [f"{ours:.2f}", *(f"{times[case, rival] / ours:.1f}" for rival in rivals)]
+        rows.append(row)
+    header = [""]
+    for t in bench_given_rows.SIZES:
+        header += [f"T={t:,}, ms", "× eager", "× compiled"]
+    return (
+        f"Losses of T given triplets or pairs, D={bench_given_rows.D}, forward + backward, and how many times"
+        f" as fast as torch's, eager and compiled ({_where(result)}):\n\n{table(header, rows)}"
     )
 
 
@@ -214,6 +236,7 @@ SECTIONS = {
     "style": (style_section, RESULTS / "cpu-style.json"),
     "stylize": (stylize_section, RESULTS / "cpu-stylize.json"),
     "all pairs": (all_pairs_section, RESULTS / "cpu-all_pairs.json"),
+    "given rows": (given_rows_section, RESULTS / "cpu-given_rows.json"),
     "verification": (verification_section, RESULTS / "cpu-verification.json"),
     "gallery": (gallery_section, RESULTS / "cpu-gallery.json"),
     "distributed": (distributed_section, RESULTS / "cpu-distributed.json"),

@@ -19,6 +19,7 @@ from . import (
     bench_batch_hard,
     bench_distributed,
     bench_gallery,
+    bench_given_rows,
     bench_style,
     bench_stylize,
     bench_verification,
@@ -32,6 +33,7 @@ BENCHES = {
     for bench in (
         bench_batch_hard,
         bench_all_pairs,
+        bench_given_rows,
         bench_style,
         bench_stylize,
         bench_verification,

@@ -40,7 +40,8 @@ def triplet_margin_loss(
     Returns:
         Scalar, or [T] for "none"; float32, or float64 for float64 input. Half inputs are compared in float32.
         Differentiable to any order; the gradient of a Euclidean distance is 0 at 0, and that of a cosine
-        distance is 0 at a zero vector. A NaN or inf in a triplet makes its loss NaN.
+        distance is 0 at a zero vector. A NaN or inf in a triplet makes its loss and gradients NaN, and so do
+        float64 rows too long for their squares (1e154).
 
     Raises:
         TypeError: an argument of the wrong Python type or dtype.

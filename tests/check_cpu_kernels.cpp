@@ -327,12 +327,50 @@ void check_gram(const std::string& name, const Kernels<T>& kernels, int64_t chan
   expect(error <= 1e-5 * double(channels), name + ": gradient");
 }
 
+// Rows of one number, each so far from the others: of two sets and one distance, or of three and three.
+template <class T>
+void check_given_rows(const std::string& name, const Kernels<T>& kernels, int64_t n, int64_t depth, int sets, std::mt19937& random) {
+  const int pairs = sets == 2 ? 1 : 3;
+  std::vector<std::vector<T>> x, grads(sets, std::vector<T>(n * depth));
+  GivenRows rows{{}, sets, pairs, Distance::euclidean};
+  for (int s = 0; s < sets; ++s) x.push_back(normal<T>(n * depth, random));
+  for (int s = 0; s < sets; ++s) rows.sets[s] = {x[s].data(), n, depth, depth};
+  std::vector<double> found(n * kMostGivenPairs);
+  std::vector<T> distances(pairs * n), slopes(pairs * n, T(1)), incoming(n, T(2));
+  in_threads(n, [&](int64_t b, int64_t e) { kernels.given_distances(rows, b, e, &found[b * kMostGivenPairs]); });
+  for (int64_t t = 0; t < n; ++t) {
+    for (int k = 0; k < pairs; ++k) {
+      double square = 0;
+      for (int64_t c = t * depth; c < (t + 1) * depth; ++c) square += std::pow(double(x[k / 2][c]) - double(x[(k + 3) / 2][c]), 2);
+      expect(std::fabs(found[t * kMostGivenPairs + k] - std::sqrt(square)) < 1e-6, name + ": distances of given rows");
+      distances[k * n + t] = T(std::sqrt(square));
+    }
+  }
+  slopes[0] = 0;
+  GivenGradient<T> gradient{rows, distances.data(), slopes.data(), incoming.data(), 1, T(0.5), {}};
+  for (int s = 0; s < sets; ++s) gradient.grads[s] = grads[s].data();
+  in_threads(n, [&](int64_t b, int64_t e) { kernels.given_gradient(gradient, b, e); });
+  for (int64_t t = 0; t < n; ++t) {
+    double along = 0, all = 0;  // each pair pulls with its length at both ends, and all ends together do not move
+    for (int64_t c = t * depth; c < (t + 1) * depth; ++c) {
+      double sum = 0;
+      for (int s = 0; s < sets; ++s) sum += double(grads[s][c]), along += double(grads[s][c]) * double(x[s][c]);
+      all += std::fabs(sum);
+    }
+    double wanted = 0;
+    for (int k = 0; k < pairs; ++k) wanted += double(slopes[k * n + t]) * double(distances[k * n + t]);
+    expect(std::fabs(along - wanted) < 1e-3 * (1 + wanted) && all < 1e-4 * double(depth), name + ": gradient of given rows");
+  }
+}
+
 template <class T>
 void check_type(const std::string& name, const Kernels<T>& kernels, std::mt19937& random) {
   check_batch_hard(name, kernels, 101, 37, random);
   check_batch_hard(name, kernels, 4, 300, random);
   check_all_pairs(name, kernels, 101, 37, 0, random);
   check_all_pairs(name, kernels, 70, 9, kScannedPositives, random);
+  check_given_rows(name, kernels, 40, 37, 2, random);
+  check_given_rows(name, kernels, 5, 130, 3, random);
   for (const bool channels_last : {false, true}) {
     check_gram(name, kernels, 70, 533, channels_last, random);
     check_gram(name, kernels, 3, 5, channels_last, random);

@@ -14,6 +14,7 @@ import deepsim_ext
 from benchmarks import (
     bench_all_pairs,
     bench_batch_hard,
+    bench_given_rows,
     bench_style,
     bench_verification,
     check,
@@ -195,6 +196,14 @@ def test_all_pairs_contenders_agree(loss):
     assert len(contenders) >= 3
     for contender in contenders:
         assert max(relative_errors(value_and_gradients(contender, inputs), reference)) < 1e-6, contender.name
+
+
+@pytest.mark.parametrize("loss", bench_given_rows.LOSSES)
+def test_given_rows_contenders_agree(loss):
+    drawn = bench_given_rows.draw(loss, 40)
+    inputs = Inputs(*([t.double() for t in part] for part in drawn))
+    ours, eager, _ = (value_and_gradients(c, inputs) for c in bench_given_rows.contenders(loss))
+    assert max(relative_errors(ours, eager)) < 2e-5  # torch's own Euclidean distance adds 1e-6
 
 
 def test_neighbours_of_the_benchmark_agree():

@@ -15,6 +15,7 @@ from deepsim_ext import (
     batch_hard_triplet_loss,
     batch_semi_hard_triplet_loss,
     cached_backward,
+    contrastive_loss,
     distributed,
     evaluation,
     gram_matrix,
@@ -22,6 +23,7 @@ from deepsim_ext import (
     nn,
     reference,
     style_loss,
+    triplet_margin_loss,
 )
 from deepsim_ext.distributed import DistributedLoss
 
@@ -56,6 +58,17 @@ def step(
     return value.detach(), torch.autograd.grad(scale * value, x)[0]
 
 
+def given_triplets(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return triplet_margin_loss(x, x.roll(1, 0), x.roll(2, 0), swap=True, reduction="mean_nonzero")
+
+
+def given_pairs(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return contrastive_loss(x, x.roll(1, 0), labels % 2, margin=14.0)
+
+
+GIVEN = (given_triplets, given_pairs)
+
+
 def style_step(
     f: torch.Tensor, target: torch.Tensor, scale: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,6 +93,8 @@ def test_nothing_waits_for_the_device():
     f = torch.randn(1, 64, 50, 50, device="cuda", requires_grad=True)
     target = gram_matrix(torch.randn_like(f)).detach()
     losses = (batch_hard_triplet_loss, *PAIR_LOSSES.values())
+    for loss in GIVEN:
+        step(x, labels, loss)
     for loss in losses:
         step(x, labels, loss)
     style_step(f, target)
@@ -90,13 +105,15 @@ def test_nothing_waits_for_the_device():
         for loss in losses:
             step(x, labels, loss)
             loss(x, labels, return_stats=True)
+        for loss in GIVEN:
+            step(x, labels, loss)
         style_step(f, target)
         nearest_neighbors(x, None, 5)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("loss", [batch_hard_triplet_loss, *PAIR_LOSSES.values()])
+@pytest.mark.parametrize("loss", [batch_hard_triplet_loss, *PAIR_LOSSES.values(), *GIVEN])
 @pytest.mark.parametrize("n", [200, 3000, 9000])
 def test_graph_capture_and_replay(n, loss):
     x, labels = batch(n, 96)
@@ -179,6 +196,22 @@ def test_losses_of_all_pairs_of_large_batches(name, dtype):
     right = error <= tolerance * exact_grad.norm(dim=1 if chooses else None)
     assert right.double().mean() >= (0.93 if chooses else 1)
     assert all(torch.equal(a, b) for a, b in zip(step(x, labels, loss, scale), (value, grad), strict=True))
+
+
+@pytest.mark.parametrize("loss", GIVEN)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_many_given_rows(loss, dtype):
+    """The same bits every time, and what the CPU makes of some of them in float64."""
+    x, labels = batch(200_000, 128, dtype)
+    value, grad = step(x, labels, loss, 2.0**14)
+    assert all(torch.equal(a, b) for a, b in zip(step(x, labels, loss, 2.0**14), (value, grad), strict=True))
+    some, few = x.detach()[:1000].requires_grad_(), labels[:1000]
+    exact, exact_grad = step(some.detach().double().cpu().requires_grad_(), few.cpu(), loss)
+    got, got_grad = step(some, few, loss)
+    torch.testing.assert_close(got.double().cpu(), exact, rtol=1e-5, atol=0)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 5e-3)
+    assert (got_grad.double().cpu() - exact_grad).norm() <= tolerance * exact_grad.norm()
+    assert value.isfinite() and grad.isfinite().all()
 
 
 def test_neighbours_in_a_large_gallery():

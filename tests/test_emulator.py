@@ -90,6 +90,9 @@ OTHER_INSIDE = "marked = other < stripe.rows && "
 CANDIDATES_BARRIER = "  __syncthreads();\n  const int count = shared.count;\n"
 GROUP_INSIDE = "group < groups && !(least"
 CANDIDATE_INSIDE = "if (candidate && slot < kMostCandidates)"
+GIVEN_INSIDE = "if (t >= rows) return;"
+GIVEN_ELEMENT = "if (k < depth) x[e][s]"
+PART_SEEN = "  __syncthreads();\n  if (threadIdx.x == 0) {\n    for (int w = 1;"
 CLEARED = "shared.active[s] = 0;\n    __syncthreads();\n"
 
 # A file of csrc/cuda, a piece of it, what is put in its place, and what the emulator has to say then.
@@ -190,6 +193,19 @@ PLANTED = {
         CANDIDATES_BARRIER.replace("  __syncthreads();\n", ""),
         "divergent __syncthreads",
     ),
+    "given_rows_beyond_the_end": ("given_rows.cuh", GIVEN_INSIDE, "", "heap-buffer-overflow"),
+    "elements_of_given_rows_beyond_the_end": (
+        "given_rows.cuh",
+        GIVEN_ELEMENT,
+        GIVEN_ELEMENT.replace("if (k < depth) ", ""),
+        "heap-buffer-overflow",
+    ),
+    "losses_summed_before_they_are_there": (
+        "loss_sum.cuh",
+        PART_SEEN,
+        PART_SEEN.removeprefix("  __syncthreads();\n"),
+        "wrong: ",
+    ),
     "groups_beyond_the_end": ("nearest_neighbors.cu", GROUP_INSIDE, "!(least", "heap-buffer-overflow"),
     "candidates_beyond_shared_memory": (
         "nearest_neighbors.cu",
@@ -226,6 +242,8 @@ CHECKS = {
     "mine_mma.cuh": ("batch_hard", "float32 mma"),
     "search_tile.cuh": ("batch_hard", "float32 mma"),
     "sort_by_rank.cuh": ("batch_hard", "sort"),
+    "given_rows.cuh": ("given_rows", "float32"),
+    "loss_sum.cuh": ("given_rows", "float32 triplets, few"),
     "gram.cuh": ("gram", "float32 gram"),
     "lines.cuh": ("gram", "float32 gram"),
     "tile_product.cuh": ("gram", "float32 gram"),

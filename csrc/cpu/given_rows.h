@@ -10,7 +10,6 @@
 #include <cmath>
 #include <limits>
 #include <tuple>
-#include <vector>
 
 #include "../common/checks.h"
 #include "../common/stage.h"
@@ -42,20 +41,24 @@ GivenLoss given_loss(const Kernels<T>& kernels, const std::array<at::Tensor, kSe
   const auto options = sets[0].options().dtype(c10::CppTypeToScalarType<T>::value);
   at::Tensor losses = at::empty({count}, options), distances = at::empty({pairs, count}, options), slopes = at::empty_like(distances);
   T *loss = losses.mutable_data_ptr<T>(), *out = distances.mutable_data_ptr<T>(), *slope_out = slopes.mutable_data_ptr<T>();
+  const auto finish_row = [&](int64_t t, const double (&d)[kMostGivenPairs]) {
+    double slope[kMostGivenPairs] = {}, sum = 0;
+    for (int k = 0; k < pairs; ++k) sum += d[k];
+    const bool finite = std::isfinite(sum);  // otherwise a margin may hide it
+    const double own = formula(t, d, slope);
+    loss[t] = finite ? T(own) : std::numeric_limits<T>::quiet_NaN();
+    for (int k = 0; k < pairs; ++k) {
+      out[k * count + t] = T(d[k]);
+      slope_out[k * count + t] = finite ? T(slope[k]) : std::numeric_limits<T>::quiet_NaN();
+    }
+  };
   at::parallel_for(0, count, row_grain(g.sets[0].depth), [&](int64_t begin, int64_t end) {
-    std::vector<double> measured((end - begin) * kMostGivenPairs);
-    kernels.given_distances(g, begin, end, measured.data());
-    for (int64_t t = begin; t < end; ++t) {
-      double d[kMostGivenPairs] = {}, slope[kMostGivenPairs] = {}, sum = 0;
-      for (int k = 0; k < pairs; ++k) sum += d[k] = measured[(t - begin) * kMostGivenPairs + k];
-      loss[t] = T(formula(t, d, slope));
-      // A distance that is not finite hides behind a margin otherwise.
-      const bool finite = std::isfinite(sum);
-      if (!finite) loss[t] = std::numeric_limits<T>::quiet_NaN();
-      for (int k = 0; k < pairs; ++k) {
-        out[k * count + t] = T(d[k]);
-        slope_out[k * count + t] = finite ? T(slope[k]) : std::numeric_limits<T>::quiet_NaN();
-      }
+    constexpr int64_t kAtOnce = 64;
+    double d[kAtOnce][kMostGivenPairs] = {};
+    for (int64_t first = begin; first < end; first += kAtOnce) {
+      const int64_t last = std::min(end, first + kAtOnce);
+      kernels.given_distances(g, first, last, d[0]);
+      for (int64_t t = first; t < last; ++t) finish_row(t, d[t - first]);
     }
   });
 
