@@ -26,8 +26,8 @@ def contrastive_loss(
 
     Returns:
         Scalar, or [N] for "none"; float32, or float64 for float64 input. Half inputs are compared in float32.
-        Differentiable to any order; the gradient of d at d = 0 is 0. A NaN or inf in a pair makes its loss and
-        gradients NaN, and so do float64 rows too far apart for their squares (1e154).
+        Differentiable to any order; the gradient of d at d = 0 is 0. A NaN or inf in a pair makes its loss
+        and gradients NaN, and so do float64 rows too far apart for their squares (1e154).
 
     Raises:
         TypeError: an argument of the wrong Python type or dtype.
