@@ -1,11 +1,18 @@
-"""Distances of given pairs of rows, and their gradient: what losses over several processes end with."""
+"""Distances of listed pairs of rows, and their gradient.
+
+Losses over several processes end with them, and those of triplets that miners have listed.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _checks, reference
+from ._autograd import differentiable
+from .reference.distances import rowwise
 
 
 def pair_distances(
@@ -19,14 +26,16 @@ def pair_distances(
         distance: "euclidean", "sqeuclidean" or "cosine" (1 - cos; a zero vector is at distance 1 from all).
 
     Returns:
-        [T], float32 or, for float64 embeddings, float64.
+        [T], float32 or, for float64 embeddings, float64. Differentiable to any order, from the second on in
+        plain torch with tensors of [T, D]; the gradient of a Euclidean distance is 0 at 0, that of a cosine
+        distance is 0 at a zero vector.
 
     Raises:
         TypeError: a wrong dtype.
         ValueError: unknown distance, or shapes or devices that do not go together.
         IndexError: no such row.
     """
-    return torch.ops.deepsim_ext.pair_distances(embeddings, ref_embeddings, rows, ref_rows, distance)
+    return _distances(embeddings, ref_embeddings, rows, ref_rows, distance)
 
 
 def pair_distances_backward(
@@ -44,8 +53,7 @@ def pair_distances_backward(
     All are in the type of the arithmetic. Rows at distance 0 do not pull. Bitwise repeatable: every row adds
     up its pairs in their order.
     """
-    arguments = (weights, distances, embeddings, ref_embeddings, rows, ref_rows, distance)
-    return torch.ops.deepsim_ext.pair_distances_backward(*arguments)
+    return _gradients(weights, distances, embeddings, ref_embeddings, rows, ref_rows, distance)
 
 
 @torch.library.register_fake("deepsim_ext::pair_distances")
@@ -61,3 +69,40 @@ def _(weights, distances, embeddings, ref_embeddings, rows, ref_rows, distance):
 
 torch.library.impl("deepsim_ext::pair_distances", "cuda", reference.pair_distances)
 torch.library.impl("deepsim_ext::pair_distances_backward", "cuda", reference.pair_distances_backward)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.distance = inputs
+    ctx.save_for_backward(output, *tensors)
+
+
+def _backward(ctx: Any, weights: Tensor) -> tuple[Any, ...]:
+    distances, embeddings, ref_embeddings, rows, ref_rows = ctx.saved_tensors
+    sets = embeddings, ref_embeddings
+    grads = _gradients(weights, distances, *sets, rows, ref_rows, ctx.distance)
+    return *(g.to(x.dtype) for g, x in zip(grads, sets, strict=True)), None, None, None
+
+
+def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    weights, _, *tensors, ctx.distance = inputs
+    ctx.save_for_backward(weights, *tensors)
+
+
+def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    weights, embeddings, ref_embeddings, rows, ref_rows = ctx.saved_tensors
+    dtype = _checks.compute_dtype(embeddings)
+
+    def distances(x: Tensor, ref: Tensor) -> Tensor:
+        return rowwise(x[rows], ref[ref_rows], ctx.distance)
+
+    def gradients(weights: Tensor, x: Tensor, ref: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.vjp(distances, x, ref)[1](weights)
+
+    sets = embeddings.to(dtype), ref_embeddings.to(dtype)
+    grad_weights, grad_x, grad_ref = torch.func.vjp(gradients, weights, *sets)[1](grads)
+    grad_sets = grad_x.to(embeddings.dtype), grad_ref.to(embeddings.dtype)
+    return grad_weights, None, *grad_sets, None, None, None
+
+
+_gradients = differentiable("pair_distances_backward", _double_backward, _save_for_double_backward)
+_distances = differentiable("pair_distances", _backward, _save)

@@ -139,3 +139,19 @@ def test_arguments_that_do_not_go_together_are_refused():
         pair_distances_backward(weights[1:], d, x, ref, rows, others)
     with pytest.raises(TypeError, match="pair_distances_backward: distances must be"):
         pair_distances_backward(weights, d.double(), x, ref, rows, others)
+
+
+@by_distance
+def test_its_own_gradient_to_second_order(distance):
+    x, ref, rows, others, _ = draw(torch.float64, 3, pairs=12)
+    x, ref = (t[10:16].clone().requires_grad_() for t in (x, ref))
+    rows, others = rows % 6, others % 6
+
+    def value(x, ref):
+        return pair_distances(x, ref, rows, others, distance=distance)
+
+    assert torch.autograd.gradcheck(value, (x, ref)) and torch.autograd.gradgradcheck(value, (x, ref))
+    d = value(x, x)  # one tensor on both sides
+    (gradient,) = torch.autograd.grad(d.sum(), x)
+    (exact,) = torch.autograd.grad(rowwise(x[rows], x[others], distance).sum(), x)
+    torch.testing.assert_close(gradient, exact)

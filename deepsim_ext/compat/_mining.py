@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reference.distances import pairwise
 from ..reference.triplets import choose
+from ._matrix import distance_matrix
 from ._pairs import Batch
 
 Range = tuple[float, float] | None
@@ -30,7 +30,7 @@ def pick(
     batch = batch.in_compute_dtype()
     parts: list[tuple[Tensor, Tensor]] = []
     for anchors in batch.chunks(len(batch.ref_embeddings)):
-        d = pairwise(batch.embeddings[anchors], batch.ref_embeddings, distance)
+        d = distance_matrix(batch.embeddings[anchors], batch.ref_embeddings, distance)
         positives, negatives = batch.masks(anchors)
         measured = 1 - d if similarity else d
         positives &= _within(measured, positive_range)
@@ -50,7 +50,7 @@ def triplets_within(
     batch = batch.in_compute_dtype()
     parts: list[tuple[Tensor, ...]] = [(batch.labels.new_empty(0),) * 3]
     for anchors in batch.chunks(len(batch.ref_embeddings) * batch.most_positives()):
-        d = pairwise(batch.embeddings[anchors], batch.ref_embeddings, distance)
+        d = distance_matrix(batch.embeddings[anchors], batch.ref_embeddings, distance)
         positive, negative = batch.masks(anchors)
         a, p = positive.nonzero(as_tuple=True)
         gap = d[a] - d[a, p, None]

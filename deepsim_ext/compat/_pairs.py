@@ -6,7 +6,7 @@ matrix is made unless a list of that size was given. Distances are direct differ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .._checks import compute_dtype
-from ..reference.distances import pairwise, rowwise
+from ..pair_distances import pair_distances
+from ._matrix import distance_matrix
 
 CHUNK = 2**21  # elements of the largest tensor that a chunk of anchors makes
 
@@ -136,17 +137,19 @@ def sampled_triplets(batch: Batch, per_anchor: int) -> tuple[Tensor, Tensor, Ten
 # ---- losses ------------------------------------------------------------------------------------------------
 
 
-def listed_distances(x: Tensor, ref: Tensor, i: Tensor, j: Tensor, distance: str) -> Tensor:
-    """[T] distances between the rows x[i] and ref[j], differentiable."""
-    x, ref = x.to(compute_dtype(x)), ref.to(compute_dtype(x))
-    if 8 * len(i) >= len(x) * len(ref):  # then the matrix is no larger than the list itself, and less work
-        return pairwise(x, ref, distance)[i, j]
-
-    def gathered(x: Tensor, ref: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return rowwise(x[i], ref[j], distance)
-
-    pairs = max(1, CHUNK // x.shape[1])
-    return torch.cat(_in_turn(gathered, x, ref, list(zip(i.split(pairs), j.split(pairs), strict=True))))
+def listed_distances(
+    x: Tensor, ref: Tensor, lists: Sequence[tuple[Tensor, Tensor]], distance: str
+) -> list[Tensor]:
+    """For each list (i, j) of indices [T], the distances [T] between the rows x[i] and ref[j]."""
+    i, j = (torch.cat(indices) for indices in zip(*lists, strict=True))
+    if 8 * len(i) >= len(x) * len(
+        ref
+    ):  # then the matrix is no larger than the lists themselves, and less work
+        dtype = compute_dtype(x)
+        found = distance_matrix(x.to(dtype), ref.to(dtype), distance)[i, j]
+    else:
+        found = pair_distances(x, ref.to(x.dtype), i, j, distance=distance)
+    return list(found.split([len(i) for i, _ in lists]))
 
 
 def reduce(losses: Tensor, reduction: str) -> Tensor:
@@ -166,11 +169,11 @@ def all_triplets_loss(
 
     def terms(x: Tensor, ref: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         positive, negative = batch.masks(anchors)
-        d = pairwise(x[anchors], ref, distance)
+        d = distance_matrix(x[anchors], ref, distance)
         a, p = positive.nonzero(as_tuple=True)
         d_an = d[a]
         if swap:
-            d_an = d_an.minimum(pairwise(ref[p], ref, distance))
+            d_an = d_an.minimum(distance_matrix(ref[p], ref, distance))
         losses = torch.where(negative[a], loss(d[a, p, None] - d_an), 0)
         return losses.sum(), (losses > 0).sum(), negative[a].sum()
 
@@ -193,7 +196,7 @@ def all_pairs_loss(
     batch = batch.in_compute_dtype()
 
     def terms(x: Tensor, ref: Tensor, anchors: Tensor) -> tuple[Tensor, ...]:
-        d = pairwise(x[anchors], ref, distance)
+        d = distance_matrix(x[anchors], ref, distance)
         sums = []
         for mask, loss in zip(batch.masks(anchors), (positive_loss, negative_loss), strict=True):
             losses = torch.where(mask, loss(d), 0)

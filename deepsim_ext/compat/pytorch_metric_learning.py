@@ -304,8 +304,8 @@ class _Loss(_Module):
         both = _pairs.nothing(batch.embeddings) + _pairs.nothing(batch.ref_embeddings)
         return _pairs.reduce(losses, self.reduction) + both
 
-    def _distances(self, x: Tensor, ref: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return _pairs.listed_distances(x, ref, i, j, self._distance.name)
+    def _distances(self, x: Tensor, ref: Tensor, *lists: tuple[Tensor, Tensor]) -> list[Tensor]:
+        return _pairs.listed_distances(x, ref, lists, self._distance.name)
 
 
 class TripletMarginLoss(_Loss):
@@ -359,9 +359,9 @@ class TripletMarginLoss(_Loss):
     def _listed(self, batch: Batch, indices: tuple[Tensor, ...]) -> Tensor:
         a, p, n = _pairs.as_triplets(indices)
         x, ref = batch.embeddings, batch.ref_embeddings
-        d_ap, d_an = self._distances(x, ref, a, p), self._distances(x, ref, a, n)
+        d_ap, d_an = self._distances(x, ref, (a, p), (a, n))
         if self.swap:
-            d_an = d_an.minimum(self._distances(ref, ref, p, n))
+            d_an = d_an.minimum(*self._distances(ref, ref, (p, n)))
         return self._reduced(batch, self._loss(d_ap - d_an))
 
     def _loss(self, gap: Tensor) -> Tensor:
@@ -435,8 +435,8 @@ class ContrastiveLoss(_Loss):
     def _listed(self, batch: Batch, indices: tuple[Tensor, ...]) -> Tensor:
         a, p, b, n = _pairs.as_pairs(indices)
         x, ref = batch.embeddings, batch.ref_embeddings
-        positive = self._reduced(batch, self._positive(self._distances(x, ref, a, p)))
-        return positive + self._reduced(batch, self._negative(self._distances(x, ref, b, n)))
+        d_p, d_n = self._distances(x, ref, (a, p), (b, n))
+        return self._reduced(batch, self._positive(d_p)) + self._reduced(batch, self._negative(d_n))
 
     def _positive(self, d: Tensor) -> Tensor:
         return (d - self._margins[0]).relu()
