@@ -91,6 +91,18 @@ def test_plain_torch_some_pairs_at_a_time(monkeypatch):
         torch.testing.assert_close(part, grad, rtol=1e-12, atol=1e-12)
 
 
+@by_distance
+def test_plain_torch_where_a_device_has_no_kernel(distance):
+    """CUDA has none: there, torch calls the plain functions below autograd, where nothing is recorded."""
+    x, ref, rows, others, weights = draw(torch.float64, 6)
+    measured = pair_distances(x, ref, rows, others, distance=distance)
+    with torch._C._AutoDispatchBelowAutograd():
+        plain = reference.pair_distances_backward(weights, measured, x, ref, rows, others, distance)
+    ours = pair_distances_backward(weights, measured, x, ref, rows, others, distance=distance)
+    for a, b in zip(plain, ours, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_nan_and_inf_stay_in_their_pairs(bad):
     x, ref, rows, others, _ = draw(torch.float32, 5)
