@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 import deepsim_ext
+from deepsim_ext.pair_distances import pair_distances
+from deepsim_ext.reference.distances import rowwise
 from tests.samples import VGG19_LAYERS, balanced_labels
 
 from . import baselines, bench_all_pairs, bench_given_rows
@@ -46,6 +48,7 @@ WAYS = ("direct", "mma", "wgmma")
 CROSSOVER = tuple((n, d) for n in (512, 1024, 2048, 4096) for d in (64, 128, 512))
 PAIR_ROWS = (4096, 1024, 16384)
 GIVEN_ROWS = (16384, 1024, 131072)
+LISTED_PAIRS = (16384, 262144)  # of 4096 rows
 NEIGHBORS = ((8192, 10), (65536, 10))  # rows, k
 PICTURES = ((512, 1), (256, 1), (1024, 1), (512, 8), (2048, 1))
 ROTATED = 4  # inputs
@@ -191,6 +194,26 @@ def given_rows_case(name: str, t: int, precision: str) -> list[Record]:
     return [{"op": name, "case": f"T={t} D={bench_given_rows.D} {precision}"} | r for r in records]
 
 
+def listed_pairs_case(t: int) -> list[Record]:
+    """The sum of the distances of listed pairs of 4096 rows of 128 columns, float32."""
+    inputs = [
+        (
+            [torch.randn(4096, 128, device="cuda").requires_grad_()],
+            list(torch.randint(4096, (2, t), device="cuda")),
+        )
+        for _ in range(ROTATED)
+    ]
+
+    def ours(leaves: list[Tensor], indices: list[Tensor]) -> Tensor:
+        return pair_distances(leaves[0], leaves[0], *indices).sum()
+
+    def eager(leaves: list[Tensor], indices: list[Tensor]) -> Tensor:
+        return rowwise(*(leaves[0][i] for i in indices), "euclidean").sum()
+
+    records = guarded("deepsim_ext", ours, inputs, "") + guarded("torch eager", eager, inputs, "")
+    return [{"op": "listed pairs", "case": f"T={t} N=4096 D=128 float32"} | r for r in records]
+
+
 def neighbors_case(n: int, k: int, precision: str) -> list[Record]:
     inputs = [torch.randn(n, 128, device="cuda").to(PRECISIONS[precision][0]) for _ in range(ROTATED)]
     times = device_times([lambda x=x: deepsim_ext.nearest_neighbors(x, None, k) for x in inputs])
@@ -279,6 +302,7 @@ def cases() -> list[tuple[str, Callable[[], list[Record]]]]:
         for p in ("float32", "bfloat16")
         for name in bench_given_rows.LOSSES
     ]
+    given += [("float32", lambda t=t: listed_pairs_case(t)) for t in LISTED_PAIRS]
     # In turn, so that whatever time allows has some of each.
     groups = itertools.zip_longest(batches, styles, pairs, given, crossovers)
     return [case for group in groups for case in group if case is not None]

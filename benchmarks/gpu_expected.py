@@ -156,6 +156,28 @@ def given_triplets(t: int, d: int, itemsize: int) -> list[Stage]:
     ]
 
 
+def listed_pairs(t: int, n: int, d: int, itemsize: int) -> list[Stage]:
+    """Distances of t pairs of n rows, a warp for a pair, and their gradient, a warp for a row."""
+    rows = 2 * t * d * itemsize
+    convert = 2 * t * d / 16 * 128  # to double, of which a multiprocessor does 16 at a time
+    # A lane has 4 columns of a row, three instructions each, and 28 for the pair.
+    parts = math.ceil(d / 128)
+    radix = Stage("sort", memory=8 * 16 * t, launches=20)
+    return [
+        Stage("distances", l2=rows, plain=convert),
+        Stage("flags"),
+        sort("sort", t, radix),
+        sort("sort", t, radix),
+        Stage(
+            "gradients",
+            memory=2 * n * d * (itemsize + 4),
+            l2=rows + 2 * 32 * t,
+            plain=2 * t * parts * 32 * 40,
+            launches=2,
+        ),
+    ]
+
+
 def neighbors(n: int, d: int) -> list[Stage]:
     """The search of a few nearest of each row, few others being as near; float32 in any storage."""
     stripe = min(n, max(64, 2**23 // n // 64 * 64))
@@ -240,6 +262,11 @@ def main() -> int:
         (f"given triplets T={t} D=128 {name}", given_triplets(t, 128, itemsize))
         for name, itemsize in (("float32", 4), ("bfloat16", 2))
         for t in (1024, 16384, 131072)
+    ]
+    cases += [
+        (f"listed pairs T={t} N=4096 D=128 {name}", listed_pairs(t, 4096, 128, itemsize))
+        for name, itemsize in (("float32", 4), ("bfloat16", 2))
+        for t in (16384, 262144)
     ]
     cases += [
         (f"style {s}x{s} {name}", style(s, itemsize))

@@ -19,6 +19,13 @@ Distance check_pairs(const char* function, const at::Tensor& embeddings, const a
   return distance_from(function, distance);
 }
 
+void check_pair_weights(const char* function, const at::Tensor& weights, const at::Tensor& distances, const at::Tensor& embeddings,
+                        const at::Tensor& rows) {
+  const at::ScalarType type = compute_type(embeddings.scalar_type());
+  check_like(function, "weights", weights, type, embeddings.device(), rows.sizes());
+  check_like(function, "distances", distances, type, embeddings.device(), rows.sizes());
+}
+
 TORCH_LIBRARY_FRAGMENT(deepsim_ext, m) {
   // [T] between embeddings[rows[t]] and ref_embeddings[ref_rows[t]] by direct differences, in the type of the arithmetic; int64 indices.
   m.def("pair_distances(Tensor embeddings, Tensor ref_embeddings, Tensor rows, Tensor ref_rows, str distance) -> Tensor");

@@ -13,4 +13,8 @@ namespace deepsim {
 Distance check_pairs(const char* function, const at::Tensor& embeddings, const at::Tensor& ref_embeddings, const at::Tensor& rows,
                      const at::Tensor& ref_rows, std::string_view distance);
 
+// Throws unless weights and distances [T], in the type of the arithmetic, are of as many pairs.
+void check_pair_weights(const char* function, const at::Tensor& weights, const at::Tensor& distances, const at::Tensor& embeddings,
+                        const at::Tensor& rows);
+
 }  // namespace deepsim

@@ -51,11 +51,15 @@ def differentiable(
         {"forward": staticmethod(forward), "backward": staticmethod(backward)},
     )
 
+    @torch.compiler.allow_in_graph  # as it is: torch.compile does not see through such a Function
+    def transformed(*args: Any) -> Any:
+        return apply(transformable, args)
+
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return overload(*args)
         if torch._C._are_functorch_transforms_active():
-            return apply(transformable, args)
+            return transformed(*args)
+        if torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level < 0:
+            return overload(*args)
         wanted = torch.is_grad_enabled() and any(map(_requires_grad, args))
         # Forward-mode gradients are not offered: Function.apply says so, where there are any.
         if wanted or torch.autograd.forward_ad._current_level >= 0:

@@ -82,8 +82,6 @@ def given_rows_loss(
 
 
 def _is_transformed() -> bool:
-    if torch.compiler.is_compiling():
-        return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 

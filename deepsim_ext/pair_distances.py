@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, reference
+from . import _checks
 from ._autograd import differentiable
 from .reference.distances import rowwise
 
@@ -33,7 +33,7 @@ def pair_distances(
     Raises:
         TypeError: a wrong dtype.
         ValueError: unknown distance, or shapes or devices that do not go together.
-        IndexError: no such row.
+        IndexError: no such row. On CUDA, where finding out would wait for the device, the pair is NaN.
     """
     return _distances(embeddings, ref_embeddings, rows, ref_rows, distance)
 
@@ -65,10 +65,6 @@ def _(embeddings, ref_embeddings, rows, ref_rows, distance):
 def _(weights, distances, embeddings, ref_embeddings, rows, ref_rows, distance):
     dtype = _checks.compute_dtype(embeddings)
     return tuple(x.new_empty(x.shape, dtype=dtype) for x in (embeddings, ref_embeddings))
-
-
-torch.library.impl("deepsim_ext::pair_distances", "cuda", reference.pair_distances)
-torch.library.impl("deepsim_ext::pair_distances_backward", "cuda", reference.pair_distances_backward)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -40,6 +40,7 @@ SHARED_SOURCE = """
 #include "csrc/cuda/gram.cu"
 #include "csrc/cuda/mine_triplets.cu"
 #include "csrc/cuda/nearest_neighbors.cu"
+#include "csrc/cuda/pair_distances.cu"
 using namespace deepsim::cuda;
 int main() {
   std::printf("sort_runs_kernel %zu\\n", sizeof(RunShared<int64_t>));
@@ -52,8 +53,9 @@ int main() {
   std::printf("choose_again_kernel %zu\\n", sizeof(ChoosingShared));
   std::printf("finish_kernel %zu\\n", sizeof(LossShared));
   std::printf("gradient_kernel %zu\\n", sizeof(GradientShared));
+  std::printf("pair_gradient_kernel %zu\\n", sizeof(GradientShared));
   std::printf("given_losses_kernel %zu\\n", sizeof(LossShared));
-  std::printf("pair_distances_kernel %zu\\n", sizeof(DirectElements<double>));
+  std::printf("stripe_distances_kernel %zu\\n", sizeof(DirectElements<double>));
   std::printf("pair_products_kernel %zu\\n", sizeof(PairTileShared));
   std::printf("batch_all_rows_kernel %zu\\n", sizeof(BatchAllShared<double>));
   std::printf("contrastive_rows_kernel %zu\\n", sizeof(RowSumsShared));
@@ -106,9 +108,11 @@ EXPECTATIONS = {
     "lay_choices_kernel": Expectation(),
     "prepare_kernel": Expectation(),
     "gradient_kernel": Expectation(least_blocks=2),
+    "pair_distances_kernel": Expectation(least_blocks=3),
+    "pair_gradient_kernel": Expectation(least_blocks=2),
     "given_losses_kernel": Expectation(least_blocks=3),
     "given_gradient_kernel": Expectation(least_blocks=3),
-    "pair_distances_kernel": Expectation(least_blocks=2),
+    "stripe_distances_kernel": Expectation(least_blocks=2),
     "centre_rows_kernel": Expectation(),
     "pair_products_kernel": Expectation(tensor_cores=True, least_blocks=2),
     "batch_all_rows_kernel": Expectation(least_blocks=2),

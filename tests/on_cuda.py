@@ -20,6 +20,8 @@ OPS = (
     "mine_triplets",
     "mined_triplet_loss",
     "nearest_neighbors",
+    "pair_distances",
+    "pair_distances_backward",
     "style_loss",
     "style_loss_backward",
     "triplet_margin_loss",

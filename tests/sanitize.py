@@ -20,7 +20,7 @@ CPU_SOURCES = [
     *(f"csrc/cpu/simd/{capability}.cpp" for capability in ("portable", "avx2", "avx512")),
 ]
 # Of the CUDA kernels, the longest first.
-CHECKS = ("all_pairs", "batch_hard", "gram", "given_rows")
+CHECKS = ("all_pairs", "batch_hard", "gram", "given_rows", "pair_distances")
 # Sources and arguments by what is checked. TSan takes minutes for every dtype, which differ in nothing that
 # it looks at; in 16 bits there are fewest products.
 PROGRAMS = {

@@ -92,6 +92,9 @@ GROUP_INSIDE = "group < groups && !(least"
 CANDIDATE_INSIDE = "if (candidate && slot < kMostCandidates)"
 GIVEN_INSIDE = "if (t >= rows) return;"
 GIVEN_ELEMENT = "if (k < depth) x[e][s]"
+PAIR_INSIDE = "if (t >= pairs.count) return;"
+ROW_THERE = "if (!is_row(others, j)) return"
+MANY_BARRIER = "    shared.end[warp] = end;\n  }\n  __syncthreads();\n"
 PART_SEEN = "  __syncthreads();\n  if (threadIdx.x == 0) {\n    for (int w = 1;"
 CLEARED = "shared.active[s] = 0;\n    __syncthreads();\n"
 
@@ -200,6 +203,19 @@ PLANTED = {
         GIVEN_ELEMENT.replace("if (k < depth) ", ""),
         "heap-buffer-overflow",
     ),
+    "pairs_beyond_the_end": ("pair_distances.cuh", PAIR_INSIDE, "", "heap-buffer-overflow"),
+    "pairs_with_a_row_that_is_not_there": (
+        "pair_distances.cuh",
+        ROW_THERE,
+        ROW_THERE.replace("!is_row", "false && !is_row"),
+        "heap-buffer-overflow",
+    ),
+    "rows_shared_before_they_are_there": (
+        "row_gradient.cuh",
+        MANY_BARRIER,
+        MANY_BARRIER.replace("  __syncthreads();\n", ""),
+        "divergent __syncthreads",
+    ),
     "losses_summed_before_they_are_there": (
         "loss_sum.cuh",
         PART_SEEN,
@@ -243,6 +259,8 @@ CHECKS = {
     "search_tile.cuh": ("batch_hard", "float32 mma"),
     "sort_by_rank.cuh": ("batch_hard", "sort"),
     "given_rows.cuh": ("given_rows", "float32"),
+    "pair_distances.cuh": ("pair_distances", "float32"),
+    "row_gradient.cuh": ("pair_distances", "float32 pairs"),
     "loss_sum.cuh": ("given_rows", "float32 triplets, few"),
     "gram.cuh": ("gram", "float32 gram"),
     "lines.cuh": ("gram", "float32 gram"),

@@ -68,9 +68,7 @@ std::tuple<at::Tensor, at::Tensor> pair_distances_backward(const at::Tensor& wei
                                                            std::string_view distance) {
   constexpr const char* function = "pair_distances_backward";
   const Distance d = check_pairs(function, embeddings, ref_embeddings, rows, ref_rows, distance);
-  const at::ScalarType type = compute_type(embeddings.scalar_type());
-  check_like(function, "weights", weights, type, embeddings.device(), rows.sizes());
-  check_like(function, "distances", distances, type, embeddings.device(), rows.sizes());
+  check_pair_weights(function, weights, distances, embeddings, rows);
   const at::Tensor x = with_adjacent_columns(embeddings), ref = with_adjacent_columns(ref_embeddings);
   const auto row = narrowed(function, "rows", rows, x.size(0)), ref_row = narrowed(function, "ref_rows", ref_rows, ref.size(0));
   return dispatch(x.scalar_type(), [&](const auto& kernels) {

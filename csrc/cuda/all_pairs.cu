@@ -6,7 +6,6 @@
 #include "centre_rows.cuh"
 #include "dispatch.cuh"
 #include "near_products.cuh"
-#include "pair_distances.cuh"
 #include "pair_products.cuh"
 #include "pull.cuh"
 #include "pull_products.cuh"
@@ -28,14 +27,14 @@ void centre_rows(const Pairs& pairs, const Centre& centre, void* stream) {
   });
 }
 
-void pair_distances(const Pairs& pairs, const Stripe& stripe, void* stream) {
+void stripe_distances(const Pairs& pairs, const Stripe& stripe, void* stream) {
   const auto tiles = [&](int64_t columns) {
     return blocks_for(stripe.rows, kDirectTile) * blocks_for(pairs.references.count, columns);
   };
   dispatch(pairs.storage, [&](auto s) {
     using S = decltype(s);
     if constexpr (std::is_same_v<S, double>) {
-      launch(pair_distances_kernel, tiles(kDirectTile), kDirectThreads, sizeof(DirectElements<double>), stream, pairs, stripe);
+      launch(stripe_distances_kernel, tiles(kDirectTile), kDirectThreads, sizeof(DirectElements<double>), stream, pairs, stripe);
     } else if (stripe.least) {
       launch(near_products_kernel, tiles(PairProduct::kColumns), PairProduct::kThreads, sizeof(ProductStage<PairProduct>[kPairStages]),
              stream, pairs, stripe);

@@ -52,7 +52,7 @@ struct RowSums {
 
 // Distances of a stripe, and none of its pairs marked as single. By tensor cores where rows are centred; otherwise flags what is not
 // finite.
-void pair_distances(const Pairs& pairs, const Stripe& stripe, void* stream);
+void stripe_distances(const Pairs& pairs, const Stripe& stripe, void* stream);
 
 // ---- row kernels: a block for every row of the stripe ----
 

@@ -93,7 +93,7 @@ void for_each_stripe(const OwnedBatch& b, const Pairs& pairs, Pull which, void* 
     stripe.rows = std::min(rows, anchors - stripe.first);
     {
       const Stage stage("tiles");
-      pair_distances(pairs, stripe, stream);
+      stripe_distances(pairs, stripe, stream);
     }
     run(stripe);
   }

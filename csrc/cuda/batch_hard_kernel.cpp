@@ -3,7 +3,6 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/sort.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -19,6 +18,7 @@
 #include "../common/stage.h"
 #include "backend.h"
 #include "mined_triplets.h"
+#include "sorted.h"
 
 namespace deepsim::cuda {
 namespace {
@@ -53,19 +53,6 @@ Mining mining_for(const at::Tensor& anchors, const at::Tensor& references) {
   const bool small = rows * anchors.size(1) <= kMostDirectDifferences / references.size(0);
   if (wanted == "direct" || (wanted.empty() && small)) return Mining::direct;
   return tiles_by_wgmma() ? Mining::wgmma : Mining::mma;
-}
-
-// The numbers in ascending order, and where each of them stood (int64); stable.
-template <class T>
-std::tuple<at::Tensor, at::Tensor> sorted(const at::Tensor& numbers, void* stream) {
-  const int64_t count = numbers.size(0);
-  if (count == 0 || count > kMostRanked) return at::sort(numbers, /*stable=*/true, /*dim=*/0, /*descending=*/false);
-  const auto i = numbers.options().dtype(at::kInt), l = numbers.options().dtype(at::kLong);
-  const at::Tensor values = at::empty_like(numbers), of_runs = at::empty_like(numbers);
-  const at::Tensor order = at::empty({count}, l), order_of_runs = at::empty({count}, i);
-  const Runs<T> room{of_runs.mutable_data_ptr<T>(), order_of_runs.mutable_data_ptr<int32_t>()};
-  sort_by_rank(numbers.const_data_ptr<T>(), count, room, values.mutable_data_ptr<T>(), order.mutable_data_ptr<int64_t>(), stream);
-  return {values, order};
 }
 
 // A packed set and the tensors that its pointers point into: 16 bytes a row and the operand, beside the sort's 16 (28 while it sorts).

@@ -3,18 +3,8 @@
 
 #include "given_rows.h"
 #include "loss_sum.cuh"
-#include "rows.cuh"
 
 namespace deepsim::cuda {
-
-// |row|, the same in all lanes.
-template <class S>
-__device__ __forceinline__ double norm_of(const S* row, int64_t depth) {
-  double square = 0;
-#pragma unroll 4
-  for (int64_t k = lane_index(); k < depth; k += kWarp) square += double(widen(row[k])) * double(widen(row[k]));
-  return std::sqrt(warp_sum(square));
-}
 
 // The distances of row t, the same in all lanes; NaN where its numbers or their squares are not finite.
 template <class S, int kSets>

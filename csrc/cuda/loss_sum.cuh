@@ -1,14 +1,9 @@
 // The sum of the losses of many warps, by the kernel that computes them.
 #pragma once
 
-#include "batch_hard.h"
-#include "warp.cuh"
+#include "rows.cuh"
 
 namespace deepsim::cuda {
-
-// A warp for a row.
-constexpr int kRowThreads = 256;
-constexpr int kRowWarps = kRowThreads / kWarp;
 
 struct LossShared {
   LossPart part[kRowThreads];

@@ -1,48 +1,49 @@
-// The distances of a stripe of anchors to all references by differences, in float64.
+// Distances of listed pairs, a warp for a pair, and their gradient, a warp for a row.
 #pragma once
 
-#include "all_pairs.h"
-#include "direct_tile.cuh"
+#include "pair_distances.h"
+#include "row_gradient.cuh"
 
 namespace deepsim::cuda {
 
-// No pair of a tile of kDirectTile anchors and kColumns references pulls by itself yet.
-template <int kColumns>
-__device__ __forceinline__ void clear_marks(const Stripe& stripe, int64_t first_row, int64_t first_column) {
-  constexpr int kWords = kColumns / 32;
-  if (!stripe.single) return;
-  for (int i = int(threadIdx.x); i < kDirectTile * kWords; i += kDirectThreads) {
-    const int64_t row = first_row + i / kWords, word = first_column / 32 + i % kWords, words = stripe.stride / 32;
-    if (row < stripe.rows && word < words) stripe.single[row * words + word] = 0;
+__device__ __forceinline__ bool is_row(const Rows& rows, int64_t i) { return i >= 0 && i < rows.count; }
+
+template <class S>
+__global__ void __launch_bounds__(kRowThreads, 3) pair_distances_kernel(Batch batch, ListedPairs pairs, Compute<S>* distances) {
+  const int64_t t = warp_index();
+  if (t >= pairs.count) return;
+  const int64_t i = pairs.rows[t], j = pairs.ref_rows[t], depth = batch.anchors.depth;
+  double d = not_a_number<double>();
+  if (is_row(batch.anchors, i) && is_row(batch.references, j)) {
+    const S *a = row_of<S>(batch.anchors, i), *b = row_of<S>(batch.references, j);
+    const bool cosine = batch.distance == Distance::cosine;
+    d = distance_between(a, b, depth, batch.distance, cosine ? norm_of(a, depth) : 0, cosine ? norm_of(b, depth) : 0);
   }
+  if (lane_index() == 0) distances[t] = Compute<S>(d);
 }
 
-// One block for a tile of anchors and references.
-__global__ void __launch_bounds__(kDirectThreads, 2) pair_distances_kernel(Pairs pairs, Stripe stripe) {
-  auto& shared = shared_memory<DirectElements<double>>();
-  const int64_t row_tiles = (stripe.rows + kDirectTile - 1) / kDirectTile;
-  const int64_t first_row = blockIdx.x % row_tiles * kDirectTile, first_column = blockIdx.x / row_tiles * kDirectTile;
-  clear_marks<kDirectTile>(stripe, first_row, first_column);
-  double square[kDirectPerThread][kDirectPerThread];
-  direct_squares<double>(shared, pairs.anchors, pairs.anchor_norm, stripe.first + first_row, pairs.references, pairs.reference_norm,
-                         first_column, square);
-  bool finite = true;
-  for (int i = 0; i < kDirectPerThread; ++i) {
-    for (int j = 0; j < kDirectPerThread; ++j) {
-      const int64_t row = first_row + direct_row() + i, column = first_column + direct_column() + j;
-      if (row >= stripe.rows || column >= pairs.references.count) continue;
-      double d = square[i][j];
-      finite = finite && d < infinity<double>();
-      if (pairs.distance == Distance::euclidean) d = std::sqrt(d);
-      if (pairs.distance == Distance::cosine) {
-        // |a/|a| - b/|b||^2 / 2 = 1 - cos; a zero row is at distance 1 from everyone.
-        const bool zero = pairs.anchor_norm[stripe.first + row] == 0 || pairs.reference_norm[column] == 0;
-        d = zero ? 1 : d / 2;
-      }
-      static_cast<double*>(stripe.distances)[row * stripe.stride + column] = d;
-    }
+template <class S>
+__global__ void __launch_bounds__(kRowThreads, kGradientBlocks<S>) pair_gradient_kernel(PairGradient g) {
+  using T = Compute<S>;
+  auto& shared = shared_memory<GradientShared>();
+  const Rows &rows = g.batch.anchors, &others = g.batch.references;
+  const GradientPart part(rows.count);
+  const int64_t i = part.row();
+  RowGradient<S> own(g.batch, part.first_column);
+  uint32_t begin = 0, end = 0;
+  if (i < rows.count) {
+    begin = uint32_t(lower_bound(g.sorted, g.count, i));
+    end = begin + uint32_t(lower_bound(g.sorted + begin, g.count - begin, i + 1));
+    own.take(rows, g.batch.anchor_norm, i);
   }
-  if (!finite) atomicOr(&pairs.flags->not_finite, 1);
+  const auto look = [&](uint32_t place) -> PullingPair<T> {
+    const int64_t t = g.order[place], j = g.ref_rows[t];
+    if (!is_row(others, j)) return {-1, not_a_number<T>(), not_a_number<T>()};
+    return {int32_t(j), static_cast<const T*>(g.distances)[t], static_cast<const T*>(g.weights)[t]};
+  };
+  add_pairs_of_block(shared, own, part, rows, g.batch.anchor_norm, begin, end, others, g.batch.reference_norm, look);
+  if (i >= rows.count) return;
+  own.store([&](int64_t k, T v) { static_cast<T*>(g.grad)[i * rows.depth + k] = v; });
 }
 
 }  // namespace deepsim::cuda

@@ -6,8 +6,8 @@
 #pragma once
 
 #include "all_pairs.h"
-#include "pair_distances.cuh"
 #include "strength.cuh"
+#include "stripe_distances.cuh"
 #include "tile_product.cuh"
 
 namespace deepsim::cuda {

@@ -6,12 +6,25 @@
 
 namespace deepsim::cuda {
 
+// Of kernels with a warp for a row.
+constexpr int kRowThreads = 256;
+constexpr int kRowWarps = kRowThreads / kWarp;
+
 // The number of this warp in the grid.
 __device__ __forceinline__ int64_t warp_index() { return (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp; }
 
 template <class S>
 __device__ __forceinline__ const S* row_of(const Rows& x, int64_t i) {
   return static_cast<const S*>(x.data) + i * x.stride;
+}
+
+// |row|, the same in all lanes.
+template <class S>
+__device__ __forceinline__ double norm_of(const S* row, int64_t depth) {
+  double square = 0;
+#pragma unroll 4
+  for (int64_t k = lane_index(); k < depth; k += kWarp) square += double(widen(row[k])) * double(widen(row[k]));
+  return std::sqrt(warp_sum(square));
 }
 
 // An element as distances see it: for cosine (where there are norms) that of the unit vector, or of zero. Divided, not multiplied by

@@ -4,7 +4,7 @@
 #include "key.cuh"
 #include "loss_sum.cuh"
 #include "mine_direct.cuh"
-#include "rows.cuh"
+#include "row_gradient.cuh"
 
 namespace deepsim::cuda {
 
@@ -162,117 +162,30 @@ __global__ void prepare_kernel(LossGradient g, LossOptions options) {
   }
 }
 
-// The gradient of one row, kGradientRun elements to a lane.
-constexpr int kGradientRun = 4;
-constexpr int kGradientColumns = kWarp * kGradientRun;
-
+// What anchor a's own triplet contributes to its row.
 template <class S>
-struct RowGradient {
+__device__ __forceinline__ void add_own_triplet(RowGradient<S>& row, const LossGradient& g, int64_t a) {
   using T = Compute<S>;
+  const T c = static_cast<const T*>(g.coefficients)[a];
+  const T d_ap = static_cast<const T*>(g.d_ap)[a], d_an = static_cast<const T*>(g.d_an)[a];
+  const int32_t positive = g.positives[a], negative = g.negatives[a];
+  if (c == 0) return;
+  const Batch& b = g.batch;
+  const typename RowGradient<S>::Other others[2] = {row.read(b.references, b.reference_norm, positive),
+                                                    row.read(b.references, b.reference_norm, negative)};
+  row.add(others[0], d_ap, c);
+  row.add(others[1], d_an, -c);
+}
 
-  const LossGradient& g;
-  int64_t column;  // this lane's first; the others follow at a distance of kWarp
-  T row[kGradientRun] = {};
-  double norm = 0;  // of the row; for cosine only
-  T sum[kGradientRun] = {};
-
-  __device__ __forceinline__ RowGradient(const LossGradient& gradient, int64_t first_column)
-      : g(gradient), column(first_column + lane_index()) {}
-
-  __device__ __forceinline__ T element(const S* x, int e) const {
-    const int64_t k = column + e * kWarp;
-    return k < g.batch.anchors.depth ? T(widen(x[k])) : T(0);
-  }
-
-  __device__ __forceinline__ void take(const Rows& rows, const double* norms, int64_t i) {
-    for (int e = 0; e < kGradientRun; ++e) row[e] = element(row_of<S>(rows, i), e);
-    norm = norms ? norms[i] : 0;
-  }
-
-  // This lane's elements of another row. Rows that are wanted one after the other are best read together: a warp waits for what it reads.
-  struct Other {
-    int32_t index;
-    T element[kGradientRun];
-  };
-  __device__ __forceinline__ Other read(const Rows& rows, int32_t i) const {
-    Other other{i, {}};
-    for (int e = 0; e < kGradientRun; ++e) other.element[e] = element(row_of<S>(rows, i), e);
-    return other;
-  }
-
-  // sum += coefficient * (derivative of d(row, other) by row).
-  __device__ __forceinline__ void add(const Other& other, const double* norms, T d, T coefficient) {
-    if (g.batch.distance == Distance::cosine) {
-      // (cos * u/|u| - other/|other|) / |u|, 0 for a zero row; cos = 1 - d.
-      if (norm == 0) return;
-      const double on_row = double(coefficient) * (1 - double(d)) / norm / norm;
-      const double other_norm = norms[other.index];
-      const double on_other = other_norm == 0 ? 0 : double(coefficient) / norm / other_norm;
-      for (int e = 0; e < kGradientRun; ++e) sum[e] += T(on_row * double(row[e]) - on_other * double(other.element[e]));
-      return;
-    }
-    const T factor = euclidean_factor(g.batch.distance, d, coefficient);
-    if (factor == 0) return;
-    for (int e = 0; e < kGradientRun; ++e) sum[e] += factor * (row[e] - other.element[e]);
-  }
-
-  // What anchor a's own triplet contributes to its row.
-  __device__ __forceinline__ void add_own(int64_t a) {
-    const T c = static_cast<const T*>(g.coefficients)[a];
-    const T d_ap = static_cast<const T*>(g.d_ap)[a], d_an = static_cast<const T*>(g.d_an)[a];
-    const int32_t positive = g.positives[a], negative = g.negatives[a];
-    if (c == 0) return;
-    const Other others[2] = {read(g.batch.references, positive), read(g.batch.references, negative)};
-    add(others[0], g.batch.reference_norm, d_ap, c);
-    add(others[1], g.batch.reference_norm, d_an, -c);
-  }
-
-  // What those contribute who chose the row: choices begin, begin + step, ... before end. Lanes look one up each, so that rows are all
-  // that is waited for one after another, and two of them at once.
-  __device__ __forceinline__ void add_choices(uint32_t begin, uint32_t end, uint32_t step) {
-    const uint32_t anchors = uint32_t(g.batch.anchors.count);
-    for (uint32_t first = begin; first < end; first += kWarp * step) {
-      const uint32_t own = first + uint32_t(lane_index()) * step, left = (end - first + step - 1) / step;
-      uint32_t anchor = 0;
-      T d = 0, coefficient = 0;
-      if (own < end) {
-        const uint32_t entry = uint32_t(g.choice_order[own]);
-        const bool as_negative = entry >= anchors;
-        anchor = as_negative ? entry - anchors : entry;
-        d = static_cast<const T*>(as_negative ? g.d_an : g.d_ap)[anchor];
-        coefficient = static_cast<const T*>(g.coefficients)[anchor];
-        if (as_negative) coefficient = -coefficient;
-      }
-      for (uint32_t l = 0; l < kWarp && l < left; l += 2) {
-        Other others[2] = {};
-        T c[2];
-#pragma unroll
-        for (int o = 0; o < 2; ++o) {
-          const int32_t a = __shfl_sync(kAllLanes, int32_t(anchor), l + o);
-          c[o] = __shfl_sync(kAllLanes, coefficient, l + o);
-          if (c[o] != 0) others[o] = read(g.batch.anchors, a);
-        }
-#pragma unroll
-        for (int o = 0; o < 2; ++o) {
-          const T d_of_a = __shfl_sync(kAllLanes, d, l + o);
-          if (c[o] != 0) add(others[o], g.batch.anchor_norm, d_of_a, c[o]);
-        }
-      }
-    }
-  }
-};
-
-struct GradientShared {
-  uint32_t begin[kRowWarps], end[kRowWarps];
-  double partial[kRowWarps][kGradientColumns];
-};
-
-// Rows chosen more often than this are added up by the whole block.
-constexpr uint32_t kManyChoices = 64;
-
-// Blocks on a multiprocessor at least: warps wait for rows, and only others hide that.
-template <class S>
-constexpr int kGradientBlocks = sizeof(Compute<S>) == 4 ? 3 : 2;
+// Choice u of those in ascending order: the anchor, how far the chosen row is from it, and what that pulls.
+template <class T>
+__device__ __forceinline__ PullingPair<T> choice_at(const LossGradient& g, uint32_t u) {
+  const uint32_t entry = uint32_t(g.choice_order[u]), anchors = uint32_t(g.batch.anchors.count);
+  const bool as_negative = entry >= anchors;
+  const uint32_t anchor = as_negative ? entry - anchors : entry;
+  const T coefficient = static_cast<const T*>(g.coefficients)[anchor];
+  return {int32_t(anchor), static_cast<const T*>(as_negative ? g.d_an : g.d_ap)[anchor], as_negative ? -coefficient : coefficient};
+}
 
 // One warp per row and run of kGradientColumns columns: what its own triplet and those who chose it contribute.
 template <class S, bool kOwn, bool kChosen>
@@ -282,13 +195,10 @@ __global__ void __launch_bounds__(kRowThreads, kGradientBlocks<S>)
   auto& shared = shared_memory<GradientShared>();
   const Rows& of = kOwn ? g.batch.anchors : g.batch.references;
   const double* norms = kOwn ? g.batch.anchor_norm : g.batch.reference_norm;
-  const int64_t row_blocks = (rows + kRowWarps - 1) / kRowWarps, depth = g.batch.anchors.depth;
-  const int64_t first_row = blockIdx.x % row_blocks * kRowWarps;
-  const int64_t first_column = blockIdx.x / row_blocks * kGradientColumns;
-  const int warp = int(threadIdx.x) / kWarp;
-  const int64_t i = first_row + warp;
+  const GradientPart part(rows);
+  const int64_t i = part.row();
   const bool finite = g.batch.flags->not_finite == 0;
-  RowGradient<S> own(g, first_column);
+  RowGradient<S> own(g.batch, part.first_column);
 
   uint32_t begin = 0, end = 0;
   if (i < rows && finite) {
@@ -297,38 +207,14 @@ __global__ void __launch_bounds__(kRowThreads, kGradientBlocks<S>)
       end = g.first_choice[i + 1];
     }
     own.take(of, norms, i);
-    if (kOwn) own.add_own(i);
-    if (kChosen && end - begin <= kManyChoices) own.add_choices(begin, end, 1);
+    if (kOwn) add_own_triplet(own, g, i);
   }
   if (kChosen) {
-    if (lane_index() == 0) {
-      shared.begin[warp] = begin;
-      shared.end[warp] = end;
-    }
-    __syncthreads();
-    for (int w = 0; w < kRowWarps; ++w) {
-      if (shared.end[w] - shared.begin[w] <= kManyChoices) continue;  // the same for the whole block
-      RowGradient<S> part(g, first_column);
-      part.take(of, norms, first_row + w);
-      part.add_choices(shared.begin[w] + warp, shared.end[w], kRowWarps);
-      for (int e = 0; e < kGradientRun; ++e) shared.partial[warp][e * kWarp + lane_index()] = double(part.sum[e]);
-      __syncthreads();
-      if (warp == w) {
-        for (int e = 0; e < kGradientRun; ++e) {
-          double sum = 0;
-          for (int from = 0; from < kRowWarps; ++from) sum += shared.partial[from][e * kWarp + lane_index()];
-          own.sum[e] += T(sum);
-        }
-      }
-      __syncthreads();
-    }
+    add_pairs_of_block(shared, own, part, of, norms, begin, end, g.batch.anchors, g.batch.anchor_norm,
+                       [&](uint32_t u) { return choice_at<T>(g, u); });
   }
   if (i >= rows) return;
-  S* out = static_cast<S*>(grad) + i * depth;
-  for (int e = 0; e < kGradientRun; ++e) {
-    const int64_t k = first_column + lane_index() + e * kWarp;
-    if (k < depth) narrow(finite ? own.sum[e] : not_a_number<T>(), out[k]);
-  }
+  own.store([&](int64_t k, T v) { narrow(finite ? v : not_a_number<T>(), static_cast<S*>(grad)[i * g.batch.anchors.depth + k]); });
 }
 
 }  // namespace deepsim::cuda

@@ -142,9 +142,8 @@ def listed_distances(
 ) -> list[Tensor]:
     """For each list (i, j) of indices [T], the distances [T] between the rows x[i] and ref[j]."""
     i, j = (torch.cat(indices) for indices in zip(*lists, strict=True))
-    if 8 * len(i) >= len(x) * len(
-        ref
-    ):  # then the matrix is no larger than the lists themselves, and less work
+    # Where the matrix is no larger than the lists themselves, it is less work.
+    if 8 * len(i) >= len(x) * len(ref):
         dtype = compute_dtype(x)
         found = distance_matrix(x.to(dtype), ref.to(dtype), distance)[i, j]
     else:

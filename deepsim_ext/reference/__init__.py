@@ -6,9 +6,9 @@ any device, needs nothing compiled, and is what the compiled functions are check
 Besides the public functions there are the parts that a gradient of a gradient needs, on arguments that are
 checked already: `mine_triplets` and `indexed_triplet_loss`, which keep the choice of triplets and their loss
 apart, and `dense_batch_all`, `dense_semi_hard` and `dense_contrastive`. The losses can be differentiated to
-any order. `pair_distances`, `positive_distances`, `batch_all_negatives` and `semi_hard_negatives` are what
-the ops of these names do on devices that have no kernels for them, in bounded memory; `batch_hard_extremes`
-is what the op of this name is checked against.
+any order. `positive_distances`, `batch_all_negatives` and `semi_hard_negatives` are what the ops of these
+names do on CUDA, which has no kernels for them, in bounded memory; `batch_hard_extremes`, `pair_distances`
+and its gradient are what the ops of these names are checked against.
 """
 
 from __future__ import annotations

@@ -14,8 +14,6 @@ from .test_losses import draw, losses, offsets
 
 OPS = (
     "batch_all_negatives",
-    "pair_distances",
-    "pair_distances_backward",
     "positive_distances",
     "semi_hard_negatives",
 )

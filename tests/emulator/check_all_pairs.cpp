@@ -136,7 +136,7 @@ void check_all_pairs(const std::string& name, int64_t n, int64_t m, int64_t dept
         stripe.reference_sums = reference_sums;
       }
       stripe.single = single;
-      pair_distances(of, stripe, nullptr);
+      stripe_distances(of, stripe, nullptr);
       run(stripe);
       synchronize();
     }
@@ -261,7 +261,7 @@ void check_neighbors(const std::string& name, int64_t n, int64_t m, int64_t dept
   Buffer<int64_t> index(n * k);
   Stripe stripe = {0, n, stride, distances};
   if (!std::is_same_v<S, double>) stripe.least = least;
-  pair_distances(pairs, stripe, nullptr);
+  stripe_distances(pairs, stripe, nullptr);
   nearest_rows(pairs, stripe, k, near, index, nullptr);
   synchronize();
   for (int64_t a = 0; a < n; ++a) {

@@ -1,9 +1,8 @@
 // Losses of given triplets and pairs, and their gradient. See check.h.
-#include <cmath>
-
 #include "check.h"
 #include "csrc/cuda/batch_hard.cu"  // how many parts a loss is summed in
 #include "csrc/cuda/given_rows.cu"
+#include "exact_pairs.h"
 
 namespace {
 
@@ -13,25 +12,6 @@ constexpr double kGradientTolerance = std::is_same_v<S, double>     ? 1e-12
                                       : std::is_same_v<S, float>    ? 2e-6
                                       : std::is_same_v<S, BFloat16> ? 4e-3
                                                                     : 5e-4;
-
-// The derivative of a distance d of x and y, coordinate k, by x.
-double slope_of(Distance distance, const double* x, const double* y, int64_t depth, double d, int64_t k) {
-  if (distance == Distance::sqeuclidean) return 2 * (x[k] - y[k]);
-  if (distance == Distance::euclidean) return d == 0 ? 0 : (x[k] - y[k]) / d;
-  double xx = 0, yy = 0;
-  for (int64_t i = 0; i < depth; ++i) xx += x[i] * x[i], yy += y[i] * y[i];
-  return xx == 0 || yy == 0 ? 0 : (1 - d) * x[k] / xx - y[k] / std::sqrt(xx * yy);
-}
-
-double distance_of(Distance distance, const double* x, const double* y, int64_t depth) {
-  double square = 0, xx = 0, yy = 0, xy = 0;
-  for (int64_t i = 0; i < depth; ++i) {
-    square += (x[i] - y[i]) * (x[i] - y[i]);
-    xx += x[i] * x[i], yy += y[i] * y[i], xy += x[i] * y[i];
-  }
-  if (distance == Distance::cosine) return xx == 0 || yy == 0 ? 1 : 1 - xy / std::sqrt(xx * yy);
-  return distance == Distance::euclidean ? std::sqrt(square) : square;
-}
 
 // Rows 3 and 4 of the second set are those of the first, row 5 is zero; row 6 of the last set has a NaN.
 template <class S>

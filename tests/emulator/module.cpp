@@ -11,6 +11,7 @@
 #include "../../csrc/cuda/gram.cu"
 #include "../../csrc/cuda/mine_triplets.cu"
 #include "../../csrc/cuda/nearest_neighbors.cu"
+#include "../../csrc/cuda/pair_distances.cu"
 
 namespace deepsim::cpu {
 const char* capability() { return "CUDA kernels, emulated"; }
