@@ -47,7 +47,7 @@ test-emulated: $(VENV)/built
 	$(PYTEST) --emulated tests/test_nearest_neighbors.py -k "$(EMULATED_NEIGHBORS)"
 	$(PYTEST) --emulated tests/test_all_pairs.py -k "$(EMULATED_PAIRS)"
 	$(PYTEST) --emulated tests/test_mining_strategies.py -k "$(EMULATED_STRATEGIES)"
-	$(PYTEST) --emulated tests/test_triplet_margin.py tests/test_contrastive.py tests/test_pair_distances.py
+	$(PYTEST) --emulated tests/test_triplet_margin.py tests/test_contrastive.py tests/test_given_rows.py tests/test_pair_distances.py
 
 # What nvcc makes of the CUDA kernels; where there is no nvcc they are not built either.
 cuda-check: $(VENV)/built

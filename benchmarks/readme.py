@@ -122,7 +122,7 @@ def given_rows_section(result: dict[str, Any]) -> str:
         for t in bench_given_rows.SIZES:
             case = bench_given_rows.case_name(loss, t)
             ours = times[case, "deepsim_ext"]
-            row += [f"{ours:.2f}", *(f"{times[case, rival] / ours:.1f}" for rival in rivals)]
+            row += [f"{ours:.2f}", *(f"{times[case, rival] / ours:.2f}" for rival in rivals)]
         rows.append(row)
     header = [""]
     for t in bench_given_rows.SIZES:

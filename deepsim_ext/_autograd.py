@@ -58,15 +58,20 @@ def differentiable(
     def call(*args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             return transformed(*args)
-        if torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level < 0:
-            return overload(*args)
-        wanted = torch.is_grad_enabled() and any(map(_requires_grad, args))
         # Forward-mode gradients are not offered: Function.apply says so, where there are any.
-        if wanted or torch.autograd.forward_ad._current_level >= 0:
+        forward_mode = torch.autograd.forward_ad._current_level >= 0
+        if torch.compiler.is_compiling() and not forward_mode:
+            return overload(*args)
+        if forward_mode or (torch.is_grad_enabled() and any(map(_requires_grad, args))):
             return apply(plain, args)
         return without_gradient(*args)
 
     return call
+
+
+def is_transformed() -> bool:
+    """Whether torch.func's transforms or forward mode are at work."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def _requires_grad(argument: Any) -> bool:

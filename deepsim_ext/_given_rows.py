@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import _checks
-from ._autograd import differentiable
+from ._autograd import differentiable, is_transformed
 
 
 def given_rows_loss(
@@ -74,15 +73,11 @@ def given_rows_loss(
     forward = differentiable(op, backward, save)
 
     def call(*args: Any) -> Tensor:
-        if _is_transformed():
+        if is_transformed():
             return dense_loss(*args)
         return forward(*args)[0]
 
     return call
-
-
-def _is_transformed() -> bool:
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _save_arguments(ctx: Any, args: Any, more: list[Tensor]) -> None:

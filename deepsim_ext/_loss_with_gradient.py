@@ -98,6 +98,6 @@ def loss_with_gradient(op: str, counts: int, dense_loss: Callable[..., Tensor]) 
 
 def _gradient_is_wanted(*tensors: Tensor | None) -> bool:
     # Under torch.func's transforms the tensors that are differentiated do not say so.
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._autograd import differentiable
+from ._autograd import differentiable, is_transformed
 from .reference.distances import rowwise
 
 
@@ -35,6 +35,9 @@ def pair_distances(
         ValueError: unknown distance, or shapes or devices that do not go together.
         IndexError: no such row. On CUDA, where finding out would wait for the device, the pair is NaN.
     """
+    if is_transformed():  # the op has no forward mode, which plain torch has
+        dtype = _checks.compute_dtype(embeddings)
+        return rowwise(embeddings.to(dtype)[rows], ref_embeddings.to(dtype)[ref_rows], distance)
     return _distances(embeddings, ref_embeddings, rows, ref_rows, distance)
 
 

@@ -61,7 +61,7 @@ def steps(folder: Path, scratch: Path) -> list[list[Step]]:
     install += ["--target", str(scratch / "packages")]
     suite = [f"tests/test_{name}.py" for name in ("batch_hard", "batch_hard_extremes", "gram", "style")]
     pairs = ["nearest_neighbors", "all_pairs", "mining_strategies", "triplet_margin", "contrastive"]
-    pairs += ["pair_distances"]
+    pairs += ["given_rows", "pair_distances"]
     pairs = [f"tests/test_{name}.py" for name in pairs]
     # Values only: a redirected op is two for whoever counts ops, and its tensors are for whoever counts them.
     numbers = ["--on-cuda", "-k", "not gradcheck and not are_one_op and not bytes_a_row"]

@@ -194,6 +194,17 @@ def test_triplet_margin_miner(kind, distance):
         assert got.num_triplets == len(indices[0])
 
 
+@pytest.mark.parametrize("n", [40, 400])  # the latter by products
+def test_a_row_that_is_not_finite_takes_no_others_triplets(n):
+    x, labels = torch.randn(n, 64), torch.arange(n) // 4
+    miner = ours.TripletMarginMiner(0.2)
+    whole = miner(x, labels)
+    x[0, 0] = float("nan")
+    kept = [(t != 0) for t in whole]
+    expected = [t[kept[0] & kept[1] & kept[2]] for t in whole]
+    same_indices(miner(x, labels), tuple(expected))
+
+
 def test_miners_take_nothing_of_nothing():
     x, labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
     for miner in (ours.BatchHardMiner(), ours.BatchEasyHardMiner(), ours.TripletMarginMiner()):
@@ -373,6 +384,39 @@ def test_listed_without_labels():
         got = getattr(ours, name)()(x, indices_tuple=triplets, ref_emb=ref)
         expected = getattr(losses, name)()(x, indices_tuple=triplets, ref_emb=ref)
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("count", [3, 900])
+def test_indices_from_the_end(count):
+    """Of short lists and of long ones, which are measured in different ways."""
+    x = torch.randn(30, 3)
+    triplets = [t - 30 for t in torch.randint(30, (3, count))]
+    got, expected = (m.TripletMarginLoss()(x, indices_tuple=triplets) for m in (ours, losses))
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("count", [3, 900])
+def test_autocast_takes_references_of_another_precision(count):
+    """What they have in float32 counts, whatever the embeddings have."""
+    x, ref = torch.randn(30, 16).bfloat16(), torch.randn(30, 16)
+    triplets, options = torch.randint(30, (3, count)).unbind(), {"distance": DISTANCES["unnormalized"]()}
+    with torch.autocast("cpu"):
+        got = ours.TripletMarginLoss(**options)(x, indices_tuple=triplets, ref_emb=ref)
+    expected = losses.TripletMarginLoss(**options)(x.double(), indices_tuple=triplets, ref_emb=ref.double())
+    torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_forward_mode_of_a_list():
+    x = torch.randn(12, 3, dtype=torch.float64)
+    triplets = torch.arange(12).view(3, 4)
+
+    def value(x):
+        return ours.TripletMarginLoss(2.0)(x, indices_tuple=triplets)
+
+    tangent = torch.func.jvp(value, (x,), (torch.ones_like(x) * x[:, :1],))[1]
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(value(leaf), leaf)
+    torch.testing.assert_close(tangent, (gradient * x[:, :1]).sum())
 
 
 def test_swap_in_a_list():

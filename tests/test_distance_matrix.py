@@ -53,9 +53,15 @@ def test_rows_that_are_all_alike(distance):
     assert torch.equal(torch.autograd.grad(d.sum(), x)[0], torch.zeros(20, 4))
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_a_row_that_is_not_a_number(distance):
+def test_a_row_that_is_not_finite(distance, bad):
     x = rows()
-    x[7, 2] = math.nan
+    x[7, 2] = bad
     d = _matrix.distance_matrix(x, x, distance)
-    assert d[7].isnan().sum() >= 39  # a zero row may hide it
+    for its_own in (d[7], d[:, 7]):
+        assert (~its_own.isfinite()).sum() >= 39  # a zero row may hide it
+    others = torch.arange(40) != 7
+    expected = rowwise(x.double()[others][:, None], x.double()[others], distance)
+    got = d[others][:, others].double()
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0 if distance != "cosine" else 1e-14)

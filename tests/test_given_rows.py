@@ -131,6 +131,18 @@ def test_a_row_that_is_not_finite_has_a_gradient_of_nan(name, value):
             assert gradient[[0, 1, 3, 4, 5]].isfinite().all()
 
 
+def test_no_silent_zero_where_rows_are_the_same():
+    """There a distance pulls at nobody, but what is not a number stays so."""
+    anchor = torch.tensor([[1.0, 2.0, 3.0]])
+    rows = [anchor, anchor.clone(), torch.tensor([[math.nan, 1.0, 2.0]])]
+    rows = [r.requires_grad_() for r in rows]
+    for distance in DISTANCES:
+        for gradient in torch.autograd.grad(triplet_margin_loss(*rows, distance=distance), rows):
+            assert gradient.isnan().all()
+    gradients = torch.autograd.grad(contrastive_loss(*rows[:2], torch.tensor([2.0])), rows[:2])
+    assert all(g.isnan().all() for g in gradients)
+
+
 @by_loss
 def test_squares_beyond_float64_are_no_silent_number(name):
     loss, sets = loss_of(name)

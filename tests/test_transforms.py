@@ -9,6 +9,7 @@ import torch._inductor.config
 
 import deepsim_ext
 from deepsim_ext import batch_hard_mine, batch_hard_triplet_loss, gram_matrix, reference, style_loss
+from deepsim_ext.pair_distances import pair_distances
 
 from .samples import batch_hard_samples
 
@@ -135,6 +136,61 @@ def test_func_grad_and_its_compositions():
     for ours, theirs in ((style_loss, reference.style_loss), (_gram_sum, _reference_gram_sum)):
         got = torch.vmap(torch.func.grad(ours), in_dims=(0, None))(f, target)
         torch.testing.assert_close(got, torch.vmap(torch.func.grad(theirs), in_dims=(0, None))(f, target))
+
+
+def losses_of_one_tensor():
+    x, labels, f = torch.randn(8, 4), torch.arange(4).repeat_interleave(2), torch.randn(2, 3, 4, 4)
+    p, n, target, y = torch.randn(8, 4), torch.randn(8, 4), torch.randn(3, 3), torch.arange(8) % 2
+    return {
+        "batch_hard": (lambda x: batch_hard_triplet_loss(x, labels, margin=5.0), x),
+        "batch_all": (lambda x: deepsim_ext.batch_all_triplet_loss(x, labels, margin=5.0), x),
+        "style": (lambda f: style_loss([f, 2 * f], [target, target]), f),
+        "gram": (lambda f: gram_matrix(f).square().sum(), f),
+        "triplet_margin": (lambda x: deepsim_ext.triplet_margin_loss(x, p, n, margin=5.0), x),
+        "contrastive": (lambda x: deepsim_ext.contrastive_loss(x, p, y, margin=5.0), x),
+        "pair_distances": (lambda x: pair_distances(x, p, labels, labels).sum(), x),
+    }
+
+
+TRANSFORMED = {
+    "grad": torch.func.grad,
+    "vmap": lambda f: lambda x: torch.vmap(f)(torch.stack([x, 2 * x])),
+    "vmap_grad": lambda f: lambda x: torch.vmap(torch.func.grad(f))(torch.stack([x, 2 * x])),
+    "grad_grad": lambda f: torch.func.grad(lambda x: torch.func.grad(f)(x).square().sum()),
+    "jacrev": torch.func.jacrev,
+}
+
+
+@pytest.mark.parametrize("loss", losses_of_one_tensor())
+@pytest.mark.parametrize("transform", TRANSFORMED)
+def test_compiled_transforms(loss, transform):
+    torch.compiler.reset()
+    function, x = losses_of_one_tensor()[loss]
+    transformed = TRANSFORMED[transform](function)
+    got = torch.compile(transformed, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(got, transformed(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", losses_of_one_tensor())
+@pytest.mark.parametrize("form", ["dual", "jvp"])
+def test_compiled_forward_mode_is_right_or_refused(loss, form):
+    """Never a tangent that is silently 0, or missing."""
+    torch.compiler.reset()
+    function, x = losses_of_one_tensor()[loss]
+
+    def tangent(x):
+        if form == "jvp":
+            return torch.func.jvp(function, (x,), (torch.ones_like(x),))[1]
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            return torch.autograd.forward_ad.unpack_dual(function(dual)).tangent
+
+    compiled = torch.compile(tangent, backend="aot_eager")
+    if loss in ("triplet_margin", "contrastive", "pair_distances"):
+        torch.testing.assert_close(compiled(x), torch.func.grad(function)(x).sum())
+        return
+    with pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
+        compiled(x)
 
 
 def _leaves(x, labels):

@@ -48,7 +48,7 @@ GivenLoss given_loss(const Kernels<T>& kernels, const std::array<at::Tensor, kSe
     const double own = formula(t, d, slope);
     loss[t] = finite ? T(own) : std::numeric_limits<T>::quiet_NaN();
     for (int k = 0; k < pairs; ++k) {
-      out[k * count + t] = T(d[k]);
+      out[k * count + t] = finite ? T(d[k]) : std::numeric_limits<T>::quiet_NaN();
       slope_out[k * count + t] = finite ? T(slope[k]) : std::numeric_limits<T>::quiet_NaN();
     }
   };

@@ -74,9 +74,12 @@ __device__ __forceinline__ double distance_between(const S* a, const S* b, int64
 }
 
 // What u - other is multiplied by in coefficient * (derivative of d(u, other) by u): (u - other) / d if d is Euclidean, taken as 0 at 0.
+// NaN where either is.
 template <class T>
 __device__ __forceinline__ T euclidean_factor(Distance distance, T d, T coefficient) {
-  return distance == Distance::sqeuclidean ? 2 * coefficient : d > 0 ? coefficient / d : d == 0 ? T(0) : d;
+  if (distance == Distance::sqeuclidean) return 2 * coefficient;
+  if (d > 0) return coefficient / d;
+  return d == 0 && coefficient == coefficient ? T(0) : d + coefficient;
 }
 
 // The first position whose value is not less, by one warp: 32 probes at a time.

@@ -1,4 +1,4 @@
-"""The matrix of all distances between two sets of rows, for lists of pairs that are no shorter."""
+"""The matrix of all distances between two sets of rows, for lists that have most pairs."""
 
 from __future__ import annotations
 
@@ -33,11 +33,14 @@ def distance_matrix(x: Tensor, ref: Tensor, distance: str) -> Tensor:
 
 
 def _squares(x: Tensor, ref: Tensor) -> Tensor:
-    center = ref.detach().mean(dim=0)
-    a, b = x - center, ref - center
+    # Products would carry what is not finite from its own row to all others.
+    finite, ref_finite = (t.detach().isfinite().all(dim=1, keepdim=True) for t in (x, ref))
+    center = torch.where(ref_finite, ref.detach(), 0.0).mean(dim=0)
+    a, b = torch.where(finite, x - center, 0.0), torch.where(ref_finite, ref - center, 0.0)
     both = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1)
     squares = both - 2 * a @ b.T
-    rows, columns = (squares.detach() <= CLOSE * both.detach()).nonzero(as_tuple=True)
+    close = squares.detach() <= CLOSE * both.detach()
+    rows, columns = (close | ~(finite & ref_finite.T)).nonzero(as_tuple=True)
     if 8 * len(rows) > squares.numel():  # more than they would take all together
         return pairwise(x, ref, "sqeuclidean")
     return squares.index_put((rows, columns), rowwise(x[rows], ref[columns], "sqeuclidean"))

@@ -56,8 +56,8 @@ class DistributedLoss(nn.Module):
                 in flight, and 8 bytes for each of all rows' labels; for losses of all positives, and other
                 strategies than the hardest, also O(n K) for K rows of a label. Arithmetic is shared out
                 evenly. Batch-hard chooses the same for any number of ranks: equal distances go to the lowest
-                index in the union. On CUDA batch-hard's search of blocks is a kernel; all other steps are
-                plain torch so far, and none has been run over several GPUs.
+                index in the union. On CUDA batch-hard's search of blocks and the distances of chosen pairs
+                have kernels; all other steps are plain torch so far, and none has been run over several GPUs.
         gather  Every rank gets all rows and computes the whole. Memory is O(N D), arithmetic is that of one
                 process, and there is one exchange only: for small batches, and for every device.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
@@ -92,11 +90,9 @@ def _slope(d: Tensor, distance: str) -> Tensor:
 
 def _pull(strength: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """[R, D]: sum over j of strength[:, j] (a - b[j])."""
-    device = a.device.type
-    can_autocast = torch.amp.is_autocast_available(device)
-    # Autocast would round the factors to half.
-    with torch.autocast(device, enabled=False) if can_autocast else nullcontext():
-        return strength.sum(dim=1, keepdim=True) * a - strength @ b
+    # The two cancel: neither autocast nor TF32, which leave float64 alone, may round one of them.
+    exact = strength.double()
+    return (exact.sum(dim=1, keepdim=True) * a - exact @ b.double()).to(a.dtype)
 
 
 def _by_row(grad: Tensor, x: Tensor, unit: Tensor) -> Tensor:
