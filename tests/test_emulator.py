@@ -214,7 +214,7 @@ PLANTED = {
         "row_gradient.cuh",
         MANY_BARRIER,
         MANY_BARRIER.replace("  __syncthreads();\n", ""),
-        "divergent __syncthreads",
+        "deadlock: ",
     ),
     "losses_summed_before_they_are_there": (
         "loss_sum.cuh",
