@@ -25,6 +25,7 @@ from deepsim_ext import (
     style_loss,
     triplet_margin_loss,
 )
+from deepsim_ext.compat import pytorch_metric_learning
 from deepsim_ext.distributed import DistributedLoss
 from deepsim_ext.pair_distances import pair_distances
 
@@ -218,6 +219,19 @@ def test_many_given_rows(loss, dtype):
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 5e-3)
     assert (got_grad.double().cpu() - exact_grad).norm() <= tolerance * exact_grad.norm()
     assert value.isfinite() and grad.isfinite().all()
+
+
+def test_memory_of_a_loss_of_chunks():
+    """torch.cdist's gradient alone would take 8 GiB of the batch, 1 GiB of the chunks that a CPU takes."""
+    x, labels = batch(4096, 128)
+    loss = pytorch_metric_learning.TripletMarginLoss(swap=True)
+    step(x, labels, loss)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step(x, labels, loss)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before < 768 * 2**20
 
 
 def test_neighbours_in_a_large_gallery():

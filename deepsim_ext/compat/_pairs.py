@@ -217,6 +217,8 @@ def all_pairs_loss(
 def _add_up(batch: Batch, terms: Callable[..., tuple[Tensor, ...]], elements: int) -> list[Tensor]:
     """Sums over chunks of anchors of the scalars that `terms` gives, the first of them a loss."""
     x, ref = batch.embeddings, batch.ref_embeddings
+    if x.device.type != "cpu":  # there the gradient of torch.cdist is a tensor of all differences
+        elements *= max(1, x.shape[1] // 32)
     chunks = _in_turn(terms, x, ref, [(anchors,) for anchors in batch.chunks(elements)])
     loss, *others = (torch.stack(sums).sum() for sums in zip(*chunks, strict=True))
     return [loss + nothing(x) + nothing(ref), *others]
