@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _checks
-from ._autograd import differentiable, is_transformed
+from ._autograd import differentiable
 from .reference.distances import rowwise
 
 
@@ -35,7 +36,8 @@ def pair_distances(
         ValueError: unknown distance, or shapes or devices that do not go together.
         IndexError: no such row. On CUDA, where finding out would wait for the device, the pair is NaN.
     """
-    if is_transformed():  # the op has no forward mode, which plain torch has
+    if forward_ad._current_level >= 0:  # the op has no forward mode, which plain torch has
+        _checks.choice("pair_distances", "distance", distance, _checks.DISTANCES)
         dtype = _checks.compute_dtype(embeddings)
         return rowwise(embeddings.to(dtype)[rows], ref_embeddings.to(dtype)[ref_rows], distance)
     return _distances(embeddings, ref_embeddings, rows, ref_rows, distance)

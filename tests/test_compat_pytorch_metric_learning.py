@@ -393,6 +393,9 @@ def test_indices_from_the_end(count):
     triplets = [t - 30 for t in torch.randint(30, (3, count))]
     got, expected = (m.TripletMarginLoss()(x, indices_tuple=triplets) for m in (ours, losses))
     torch.testing.assert_close(got, expected)
+    triplets[1][0] = -31
+    with pytest.raises(IndexError):
+        ours.TripletMarginLoss()(x, indices_tuple=triplets)
 
 
 @pytest.mark.parametrize("count", [3, 900])

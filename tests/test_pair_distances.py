@@ -170,6 +170,12 @@ def test_a_row_that_is_not_there(request):
             pair_distances_backward(weights, d, x, ref, **indices)
 
 
+def test_an_unknown_distance_in_forward_mode():
+    x, ref, rows, others, _ = draw(torch.float32, 5)
+    with pytest.raises(ValueError, match="pair_distances: distance must be one of"):
+        torch.func.jvp(lambda x: pair_distances(x, ref, rows, others, distance="l2"), (x,), (x,))
+
+
 @by_distance
 def test_its_own_gradient_to_second_order(distance):
     x, ref, rows, others, _ = draw(torch.float64, 3, pairs=12)

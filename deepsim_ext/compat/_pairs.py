@@ -1,7 +1,8 @@
 """What the shells need and no fused function has: lists of pairs and triplets, and losses of what is listed.
 
 Plain torch, in chunks of anchors: what a loss keeps for its backward pass is the embeddings, and no N x M
-matrix is made unless a list of such a size was given. Distances are as exact as direct differences.
+matrix is made but where a list of a good part of all pairs is given. Distances are as exact as direct
+differences.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .._checks import compute_dtype
 from ..pair_distances import pair_distances
 from ._matrix import distance_matrix
 
-CHUNK = 2**21  # elements of the largest tensor that a chunk of anchors makes
+CHUNK = 2**21  # elements of the largest tensor of pairs that a chunk of anchors makes
 # On the CPU the matrix of all distances takes less time, if more memory, than lists of half of them or more,
 # for cosine of a sixth.
 MOST_LISTED = {"euclidean": 2, "sqeuclidean": 2, "cosine": 6}
@@ -145,13 +146,13 @@ def listed_distances(
 ) -> list[Tensor]:
     """For each list (i, j) of indices [T], the distances [T] between the rows x[i] and ref[j]."""
     i, j = (torch.cat(indices) for indices in zip(*lists, strict=True))
-    i, j = (torch.where(k < 0, k + len(rows), k) for k, rows in ((i, x), (j, ref)))  # as torch indexes
     dtype = torch.promote_types(x.dtype, ref.dtype)
     x, ref = x.to(dtype), ref.to(dtype)
     if x.device.type == "cpu" and MOST_LISTED[distance] * len(i) >= len(x) * len(ref):
         dtype = compute_dtype(x)
         found = distance_matrix(x.to(dtype), ref.to(dtype), distance)[i, j]
     else:
+        i, j = (torch.where(k < 0, k + len(rows), k) for k, rows in ((i, x), (j, ref)))  # as torch indexes
         found = pair_distances(x, ref, i, j, distance=distance)
     return list(found.split([len(i) for i, _ in lists]))
 
@@ -217,7 +218,8 @@ def all_pairs_loss(
 def _add_up(batch: Batch, terms: Callable[..., tuple[Tensor, ...]], elements: int) -> list[Tensor]:
     """Sums over chunks of anchors of the scalars that `terms` gives, the first of them a loss."""
     x, ref = batch.embeddings, batch.ref_embeddings
-    if x.device.type != "cpu":  # there the gradient of torch.cdist is a tensor of all differences
+    # The gradient of torch.cdist is a tensor of all differences there: of up to some 2^26 elements, then.
+    if x.device.type != "cpu":
         elements *= max(1, x.shape[1] // 32)
     chunks = _in_turn(terms, x, ref, [(anchors,) for anchors in batch.chunks(elements)])
     loss, *others = (torch.stack(sums).sum() for sums in zip(*chunks, strict=True))
