@@ -69,11 +69,6 @@ def differentiable(
     return call
 
 
-def is_transformed() -> bool:
-    """Whether torch.func's transforms or forward mode are at work."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-
-
 def _requires_grad(argument: Any) -> bool:
     if _is_list(argument):
         return any(map(_requires_grad, argument))

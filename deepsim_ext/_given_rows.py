@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _checks
-from ._autograd import differentiable, is_transformed
+from ._autograd import differentiable
 
 
 def given_rows_loss(
@@ -73,7 +74,7 @@ def given_rows_loss(
     forward = differentiable(op, backward, save)
 
     def call(*args: Any) -> Tensor:
-        if is_transformed():
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return dense_loss(*args)
         return forward(*args)[0]
 

@@ -40,7 +40,6 @@ def pair_distances_backward(
     grads = tuple(torch.zeros_like(x, dtype=dtype) for x in (embeddings, ref_embeddings))
     for some, others, weight in _in_parts(embeddings, rows, ref_rows, weights):
         a, b = embeddings[some].to(dtype), ref_embeddings[others].to(dtype)
-        # By torch.func, which also works where an op is called: below autograd, torch's own records nothing.
         pulls = torch.func.vjp(partial(rowwise, distance=distance), a, b)[1](weight)
         # In a fixed order on every device, which index_add_ does not promise.
         for grad, where, part in zip(grads, (some, others), pulls, strict=True):
